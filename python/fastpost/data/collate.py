@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -13,10 +14,10 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Sequence:
-    """One tokenised sequence. `trained[t]` says whether token t is to be predicted (never true for the first token)."""
+    """One tokenised sequence. `trained[t]` says whether token t is to be predicted (the first one never is)."""
 
-    ids: list[int]
-    trained: list[bool]
+    ids: array  # typecode "i": 4 bytes a token where a list of ints takes 36
+    trained: bytes  # 0 or 1 a token
     truncated: bool = False
 
     def __len__(self) -> int:
@@ -50,6 +51,7 @@ class Batch:
     previous_logprob: torch.Tensor | None  # float32 [S]
     reward: torch.Tensor | None  # float32 [S]
     rows: list[int]  # dataset row of each pair (or sequence)
+    longest: int  # tokens in the longest sequence (on the host: varlen kernels ask for it at launch)
 
     @property
     def tokens(self) -> int:
@@ -72,9 +74,9 @@ def collate(examples: list[Example]) -> Batch:
     if not examples:
         raise ValueError("[collate] examples: expected at least one, got none.")
     sequences = [s for e in examples for s in e.sequences]
-    ids, positions, target, ends = [], [], [], [0]
+    ids, positions, target, ends = array("i"), [], [], [0]
     for s in sequences:
-        ids += s.ids
+        ids.extend(s.ids)
         positions += range(len(s))
         # The one place where targets are shifted: position t is scored when token t+1 is trained.
         target += [i if on else IGNORE for i, on in zip(s.ids[1:], s.trained[1:], strict=True)] + [IGNORE]
@@ -88,6 +90,7 @@ def collate(examples: list[Example]) -> Batch:
         previous_logprob=_column(examples, "previous_logprob"),
         reward=_column(examples, "reward"),
         rows=[e.row for e in examples],
+        longest=max(len(s) for s in sequences),
     )
 
 
