@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// One line per op. Docstrings live in cpp/ops.h and python/fastpost/ops.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "bind/tensor_caster.h"
+#include "core/build_info.h"
+#include "core/parallel.h"
+#include "ops.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+int torch_num_threads() {
+  static PyObject* get = [] {
+    PyObject* torch = PyImport_ImportModule("torch");
+    PyObject* f = torch ? PyObject_GetAttrString(torch, "get_num_threads") : nullptr;
+    Py_XDECREF(torch);
+    PyErr_Clear();
+    return f;
+  }();
+  PyObject* n = get ? PyObject_CallNoArgs(get) : nullptr;
+  const int threads = n ? static_cast<int>(PyLong_AsLong(n)) : 1;
+  Py_XDECREF(n);
+  PyErr_Clear();
+  return threads;
+}
+
+// Around every op: as many threads as torch would use now, and no GIL while kernels run.
+struct OpGuard {
+  OpGuard() : threads_set((fastpost::set_num_threads(torch_num_threads()), true)) {}
+  bool threads_set;
+  nb::gil_scoped_release release;
+};
+using Op = nb::call_guard<OpGuard>;
+
+void empty_op(fastpost::Tensor, fastpost::Tensor, fastpost::Tensor, fastpost::Tensor, fastpost::Tensor) {}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+  m.def("build_info", &fastpost::build_info);
+  m.def("empty_op", &empty_op, Op());  // measures the boundary: python -m bench boundary
+
+  m.def("token_logprob", &fastpost::token_logprob, Op());
+  m.def("token_logprob_backward", &fastpost::token_logprob_backward, Op());
+  m.def("linear_logprob_tile", &fastpost::linear_logprob_tile, Op());
+  m.def("linear_logprob_finish", &fastpost::linear_logprob_finish, Op());
+  m.def("linear_logprob_tile_backward", &fastpost::linear_logprob_tile_backward, Op());
+}

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+// The contract of the core: every op in one page. Each function checks its arguments (throwing std::invalid_argument
+// with a readable sentence), then runs on the device of its first tensor. Nothing here allocates: callers pass outputs.
+//
+// Float tensors are float32, bfloat16 or float16 unless stated; arithmetic and statistics are float32.
+// A logit a becomes z = softcap(a + bias) / temperature, softcap(x) = c·tanh(x / c), off when c = 0. Tensors that may be
+// absent (None in Python) are marked "?"; `ignored` rows are those with target == ignore_index.
+#pragma once
+
+#include <vector>
+
+#include "core/tensor.h"
+
+namespace fastpost {
+
+// ---- token_logprob: from logits that exist ---------------------------------------------------------------------------
+
+// logprob[i] = z[i, target[i]] - lse[i], lse[i] = log Σ_j e^z[i, j], entropy[i] = lse[i] - Σ_j p[i, j]·z[i, j].
+// logits [N, V] with contiguous rows, target [N] int64; out: logprob [N], lse [N], entropy? [N], all float32.
+// Ignored rows: logprob = 0, entropy = 0, lse = 0.
+void token_logprob(Tensor logits, Tensor target, float temperature, float softcap, int64_t ignore_index,
+                   Tensor logprob, Tensor lse, Tensor entropy);
+
+// grad_logits = d(Σ_i grad_logprob[i]·logprob[i] + grad_entropy[i]·entropy[i]) / d logits, in the dtype of logits, which
+// it may overwrite. Rows that are ignored or have zero gradients become zero without being read.
+void token_logprob_backward(Tensor logits, Tensor target, float temperature, float softcap, int64_t ignore_index,
+                            Tensor lse, Tensor entropy, Tensor grad_logprob, Tensor grad_entropy, Tensor grad_logits);
+
+// ---- linear_logprob: from logits that come a tile at a time ------------------------------------------------------------
+// logits = hidden · weightᵀ never exists as a whole: the caller makes tiles [n, v] that hold rows of N and the vocabulary
+// slice [vocab_start, vocab_start + v), with the framework's own GEMM, and these functions do everything between GEMMs.
+
+// Folds one tile into stats [4, n] float32: max z, Σ e^(z - max), Σ e^(z - max)·(z - max) if with_entropy, z of target.
+// Start from stats = {-inf, 0, 0, 0}. bias? [v] is the slice's.
+void linear_logprob_tile(Tensor logits, Tensor bias, Tensor target, int64_t vocab_start, float temperature,
+                         float softcap, bool with_entropy, Tensor stats);
+
+// stats -> logprob [n], lse [n], entropy? [n], float32.
+void linear_logprob_finish(Tensor stats, Tensor logprob, Tensor lse, Tensor entropy);
+
+// As token_logprob_backward, for one tile; grad_logits [n, v] may be the tile itself.
+void linear_logprob_tile_backward(Tensor logits, Tensor bias, Tensor target, int64_t vocab_start, float temperature,
+                                  float softcap, Tensor lse, Tensor entropy, Tensor grad_logprob, Tensor grad_entropy,
+                                  Tensor grad_logits);
+
+}  // namespace fastpost

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <cmath>
+
+#include "core/check.h"
+#include "core/parallel.h"
+#include "cuda/ops.h"
+#include "ops.h"
+#include "ops/token_logprob_simd.h"
+
+namespace fastpost {
+namespace {
+
+constexpr int kMax = 0, kSum = 1, kWeighted = 2, kTarget = 3;  // rows of stats
+
+// What every tile function takes; returns the row count.
+int64_t expect_tile(const char* op, const Tensor& logits, const Tensor& bias, const Tensor& target, float temperature,
+                    float softcap) {
+  expect(op, "logits", logits, kFloats, {kAny, kAny}, Layout::ContiguousRows);
+  const int64_t n = logits.size(0);
+  expect_optional(op, "bias", bias, {logits.dtype}, {logits.size(1)}, Layout::Contiguous, &logits);
+  expect(op, "target", target, {DType::Int64}, {n}, Layout::Contiguous, &logits);
+  expect_transform(op, temperature, softcap);
+  return n;
+}
+
+// Position of a row's target inside the slice, or -1.
+int64_t local_target(const Tensor& target, int64_t i, int64_t vocab_start, int64_t v) {
+  const int64_t t = target.ptr<int64_t>()[i] - vocab_start;
+  return t >= 0 && t < v ? t : -1;
+}
+
+}  // namespace
+
+void linear_logprob_tile(Tensor logits, Tensor bias, Tensor target, int64_t vocab_start, float temperature,
+                         float softcap, bool with_entropy, Tensor stats) {
+  constexpr const char* op = "linear_logprob";
+  const int64_t n = expect_tile(op, logits, bias, target, temperature, softcap), v = logits.size(1);
+  expect(op, "stats", stats, {DType::Float32}, {4, n}, Layout::Contiguous, &logits);
+  if (logits.device == Device::CUDA) {
+    return cuda::linear_logprob_tile(logits, bias, target, vocab_start, temperature, softcap, with_entropy, stats);
+  }
+  const LogitTransform transform{1.0f / temperature, softcap};
+  const LogprobRowKernels& kernels = logprob_row_kernels();
+  float* s = stats.ptr<float>();
+  parallel_for(n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      RowStats row{s[kMax * n + i], s[kSum * n + i], s[kWeighted * n + i]};
+      kernels.accumulate(logits.dtype, logits.row(i), bias.data, v, transform, with_entropy, &row);
+      s[kMax * n + i] = row.max;
+      s[kSum * n + i] = row.sum;
+      s[kWeighted * n + i] = row.weighted;
+      const int64_t t = local_target(target, i, vocab_start, v);
+      if (t >= 0) s[kTarget * n + i] = kernels.transform(logits.dtype, logits.row(i), bias.data, t, transform);
+    }
+  });
+}
+
+void linear_logprob_finish(Tensor stats, Tensor logprob, Tensor lse, Tensor entropy) {
+  constexpr const char* op = "linear_logprob";
+  expect(op, "stats", stats, {DType::Float32}, {4, kAny});
+  const int64_t n = stats.size(1);
+  expect(op, "logprob", logprob, {DType::Float32}, {n}, Layout::Contiguous, &stats);
+  expect(op, "lse", lse, {DType::Float32}, {n}, Layout::Contiguous, &stats);
+  expect_optional(op, "entropy", entropy, {DType::Float32}, {n}, Layout::Contiguous, &stats);
+  if (stats.device == Device::CUDA) return cuda::linear_logprob_finish(stats, logprob, lse, entropy);
+  const float* s = stats.ptr<float>();
+  for (int64_t i = 0; i < n; ++i) {
+    const float log_sum = std::log(s[kSum * n + i]);
+    lse.ptr<float>()[i] = s[kMax * n + i] + log_sum;
+    logprob.ptr<float>()[i] = clamp_logprob(s[kTarget * n + i] - (s[kMax * n + i] + log_sum));
+    if (entropy.defined()) entropy.ptr<float>()[i] = log_sum - s[kWeighted * n + i] / s[kSum * n + i];
+  }
+}
+
+void linear_logprob_tile_backward(Tensor logits, Tensor bias, Tensor target, int64_t vocab_start, float temperature,
+                                  float softcap, Tensor lse, Tensor entropy, Tensor grad_logprob, Tensor grad_entropy,
+                                  Tensor grad_logits) {
+  constexpr const char* op = "linear_logprob_backward";
+  const int64_t n = expect_tile(op, logits, bias, target, temperature, softcap), v = logits.size(1);
+  expect(op, "lse", lse, {DType::Float32}, {n}, Layout::Contiguous, &logits);
+  expect(op, "grad_logprob", grad_logprob, {DType::Float32}, {n}, Layout::Contiguous, &logits);
+  expect_optional(op, "grad_entropy", grad_entropy, {DType::Float32}, {n}, Layout::Contiguous, &logits);
+  if (grad_entropy.defined()) expect(op, "entropy", entropy, {DType::Float32}, {n}, Layout::Contiguous, &logits);
+  expect(op, "grad_logits", grad_logits, {logits.dtype}, {n, v}, Layout::ContiguousRows, &logits);
+  if (logits.device == Device::CUDA) {
+    return cuda::linear_logprob_tile_backward(logits, bias, target, vocab_start, temperature, softcap, lse, entropy,
+                                              grad_logprob, grad_entropy, grad_logits);
+  }
+  const LogitTransform transform{1.0f / temperature, softcap};
+  const LogprobRowKernels& kernels = logprob_row_kernels();
+  parallel_for(n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float h = grad_entropy.defined() ? grad_entropy.ptr<float>()[i] : 0.0f;
+      kernels.gradient(logits.dtype, logits.row(i), bias.data, v, transform, local_target(target, i, vocab_start, v),
+                       lse.ptr<float>()[i], h != 0 ? entropy.ptr<float>()[i] : 0.0f, grad_logprob.ptr<float>()[i], h,
+                       grad_logits.row(i));
+    }
+  });
+}
+
+}  // namespace fastpost

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+// Compiled instead of cuda/ops/*.cu when CUDA is off, so that callers need no #ifdef.
+#include <stdexcept>
+#include <string>
+
+#include "cuda/ops.h"
+
+namespace fastpost::cuda {
+namespace {
+
+[[noreturn]] void no_cuda(const char* op) {
+  throw std::runtime_error("[" + std::string(op) +
+                           "] got a CUDA tensor, but this fastpost was built without CUDA. Move the tensors to the CPU, or rebuild on "
+                           "a machine with nvcc: pip install . -C cmake.define.FASTPOST_CUDA=ON");
+}
+
+}  // namespace
+
+void token_logprob(Tensor, Tensor, float, float, int64_t, Tensor, Tensor, Tensor) { no_cuda("token_logprob"); }
+void token_logprob_backward(Tensor, Tensor, float, float, int64_t, Tensor, Tensor, Tensor, Tensor, Tensor) {
+  no_cuda("token_logprob");
+}
+void linear_logprob_tile(Tensor, Tensor, Tensor, int64_t, float, float, bool, Tensor) { no_cuda("linear_logprob"); }
+void linear_logprob_finish(Tensor, Tensor, Tensor, Tensor) { no_cuda("linear_logprob"); }
+void linear_logprob_tile_backward(Tensor, Tensor, Tensor, int64_t, float, float, Tensor, Tensor, Tensor, Tensor, Tensor) {
+  no_cuda("linear_logprob");
+}
+
+}  // namespace fastpost::cuda
