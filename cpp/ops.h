@@ -43,4 +43,22 @@ void linear_logprob_tile_backward(Tensor logits, Tensor bias, Tensor target, int
                                   float softcap, Tensor lse, Tensor entropy, Tensor grad_logprob, Tensor grad_entropy,
                                   Tensor grad_logits);
 
+// ---- preference_loss: from token log-probs to a loss ------------------------------------------------------------------
+
+// Sums logprob over the scored tokens (target != ignore_index) of each packed sequence, then evaluates an objective of
+// objectives.h (kind, params: core() in objectives.py) and its derivative.
+// logprob [T], target [T] int64, cu_seqlens [S + 1] int32; reference?, previous?, reward? [S], kl? [] as needs(kind) says;
+// out: loss [] (mean over pairs, sequences or tokens; 0 if there are none), losses [S / 2] for pairs, else [S],
+// logprob_sum [S], length [S] int32, rewards [S], derivative [S] = d losses / d logprob_sum.
+// Floats are float32, or all float64 on the CPU. On a GPU the values of cu_seqlens are not checked but kept within [0, T],
+// and an empty sequence has mean 0 where the CPU refuses it.
+void preference_loss(Tensor logprob, Tensor target, Tensor cu_seqlens, int64_t ignore_index, int64_t kind,
+                     const std::vector<double>& params, Tensor reference, Tensor previous, Tensor reward, Tensor kl,
+                     Tensor loss, Tensor losses, Tensor logprob_sum, Tensor length, Tensor rewards, Tensor derivative);
+
+// grad_logprob [T] from grad_loss? [], grad_losses? and grad_logprob_sum? in the shapes of the outputs; 0 where ignored.
+void preference_loss_backward(Tensor target, Tensor cu_seqlens, int64_t ignore_index, int64_t kind, Tensor length,
+                              Tensor derivative, Tensor grad_loss, Tensor grad_losses, Tensor grad_logprob_sum,
+                              Tensor grad_logprob);
+
 }  // namespace fastpost

@@ -26,4 +26,12 @@ void linear_logprob_tile_backward(Tensor, Tensor, Tensor, int64_t, float, float,
   no_cuda("linear_logprob");
 }
 
+void preference_loss(Tensor, Tensor, Tensor, int64_t, const Objective&, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                     Tensor, Tensor, Tensor, Tensor) {
+  no_cuda("preference_loss");
+}
+void preference_loss_backward(Tensor, Tensor, int64_t, Kind, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor) {
+  no_cuda("preference_loss");
+}
+
 }  // namespace fastpost::cuda

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "core/tensor.h"
+#include "objectives.h"
 
 namespace fastpost::cuda {
 
@@ -19,5 +20,13 @@ void linear_logprob_finish(Tensor stats, Tensor logprob, Tensor lse, Tensor entr
 void linear_logprob_tile_backward(Tensor logits, Tensor bias, Tensor target, int64_t vocab_start, float temperature,
                                   float softcap, Tensor lse, Tensor entropy, Tensor grad_logprob, Tensor grad_entropy,
                                   Tensor grad_logits);
+
+// float32 only. cu_seqlens is not read back either: kernels clamp it to [0, T].
+void preference_loss(Tensor logprob, Tensor target, Tensor cu_seqlens, int64_t ignore_index, const Objective& objective,
+                     Tensor reference, Tensor previous, Tensor reward, Tensor kl, Tensor loss, Tensor losses,
+                     Tensor logprob_sum, Tensor length, Tensor rewards, Tensor derivative);
+void preference_loss_backward(Tensor target, Tensor cu_seqlens, int64_t ignore_index, Kind kind, Tensor length,
+                              Tensor derivative, Tensor grad_loss, Tensor grad_losses, Tensor grad_logprob_sum,
+                              Tensor grad_logprob);
 
 }  // namespace fastpost::cuda
