@@ -15,7 +15,8 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}<|end|>\n\n{{ m['content'] | trim }}<|eot|>{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "<|start|>{{ m['role'] }}<|end|>\n\n{{ m['content'] | trim }}<|eot|>{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
 )
 NO_GENERATION_PROMPT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -24,8 +25,11 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>"
 KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma2")
 
 
-def tokenizer(template: str | None = CHATML, *, bos: bool = False, eos: str = "<|im_end|>", pad: str | None = "<|endoftext|>"):
-    """A byte-level BPE tokenizer of 320 tokens with real merges. bos=True: it puts <|bos|> in front of whatever it encodes."""
+def tokenizer(
+    template: str | None = CHATML, *, bos: bool = False, eos: str = "<|im_end|>", pad: str | None = "<|endoftext|>"
+):
+    """A byte-level BPE tokenizer of 320 tokens with real merges. bos=True: it puts <|bos|> in front of whatever it
+    encodes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -35,11 +39,14 @@ def tokenizer(template: str | None = CHATML, *, bos: bool = False, eos: str = "<
     text = ["What is the sum of two numbers? The answer is that there are seven apples in the basket."] * 4
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     raw.train_from_iterator(
-        text, trainers.BpeTrainer(vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+        text,
+        trainers.BpeTrainer(vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
     )
     if bos:
         token = ("<|bos|>", raw.token_to_id("<|bos|>"))
-        raw.post_processor = processors.TemplateProcessing(single="<|bos|> $A", pair="<|bos|> $A $B", special_tokens=[token])
+        raw.post_processor = processors.TemplateProcessing(
+            single="<|bos|> $A", pair="<|bos|> $A $B", special_tokens=[token]
+        )
     made = PreTrainedTokenizerFast(
         tokenizer_object=raw,
         bos_token="<|bos|>" if bos or (template and "bos_token" in template) else None,
@@ -67,7 +74,12 @@ def model(kind: str = "llama", *, vocab_size: int = 320, layers: int = 2, tie: b
         "mistral": (tf.MistralConfig, {"sliding_window": 6}),
         "gemma2": (
             tf.Gemma2Config,
-            {"sliding_window": 6, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+            {
+                "sliding_window": 6,
+                "query_pre_attn_scalar": 8,
+                "attn_logit_softcapping": 5.0,
+                "final_logit_softcapping": 3.0,
+            },
         ),
     }
     cls, extra = configs[kind]
@@ -82,7 +94,9 @@ def model(kind: str = "llama", *, vocab_size: int = 320, layers: int = 2, tie: b
     return made.eval()
 
 
-def folder(path: str | Path, kind: str = "llama", *, template: str | None = CHATML, bos: bool = False, **model_options) -> Path:
+def folder(
+    path: str | Path, kind: str = "llama", *, template: str | None = CHATML, bos: bool = False, **model_options
+) -> Path:
     """Write model and tokenizer as a Hugging Face folder; returns the path."""
     path = Path(path)
     made = model(kind, **model_options)
@@ -92,7 +106,8 @@ def folder(path: str | Path, kind: str = "llama", *, template: str | None = CHAT
 
 
 def preference_rows(count: int = 16, *, chat: bool = True, seed: int = 0) -> list[dict]:
-    """Pairs prompt / chosen / rejected about sums; chosen is right. Lengths differ from row to row. chat=False: plain strings."""
+    """Pairs prompt / chosen / rejected about sums; chosen is right. Lengths differ from row to row. chat=False: plain
+    strings."""
     draw, rows = random.Random(seed), []
     for _ in range(count):
         a, b = draw.randint(1, 40), draw.randint(1, 40)

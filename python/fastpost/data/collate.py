@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples in, one packed Batch out. There is no padding anywhere: sequences lie end to end and `cu_seqlens` says where."""
+"""Examples in, one packed Batch out. There is no padding anywhere: sequences lie end to end and `cu_seqlens` says
+where."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Example:
-    """One row of the data: one sequence, or (chosen, rejected). The stored columns have one number per sequence, or are None."""
+    """One row of the data: one sequence, or (chosen, rejected). The stored columns have one number per sequence, or are
+    None."""
 
     row: int
     sequences: tuple[Sequence, ...]
@@ -41,7 +43,8 @@ class Example:
 
 @dataclass
 class Batch:
-    """One packed micro-batch of S sequences and T tokens. For pair objectives sequences 2i, 2i+1 are chosen, rejected of pair i."""
+    """One packed micro-batch of S sequences and T tokens. For pair objectives sequences 2i, 2i+1 are chosen, rejected
+    of pair i."""
 
     input_ids: torch.Tensor  # int64 [1, T]
     position_ids: torch.Tensor  # int64 [1, T], from 0 in each sequence
@@ -100,5 +103,7 @@ def _column(examples: list[Example], name: str) -> torch.Tensor | None:
         return None
     if any(v is None for v in values):
         missing = next(e.row for e in examples if getattr(e, name) is None)
-        raise ValueError(f"data row {missing}: {name}: other rows have it, this one has not. Fill it or drop the column.")
+        raise ValueError(
+            f"data row {missing}: {name}: other rows have it, this one has not. Fill it or drop the column."
+        )
     return torch.tensor([x for v in values for x in v], dtype=torch.float32)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over packed rows, as a transformers attention function named "fastpost_packed".
 
-Sequences lie end to end in one row of T tokens and `cu_seqlens` says where each begins, so no padding is computed and no token
-sees another sequence. On CUDA (half precision, no softcap) this is one call of torch's varlen kernel; elsewhere one
-scaled_dot_product_attention per sequence. Without cu_seqlens (transformers' own generate, padded batches) it behaves like "sdpa".
+Sequences lie end to end in one row of T tokens and `cu_seqlens` says where each begins, so no padding is computed and
+no token sees another sequence. On CUDA (half precision, no softcap) this is one call of torch's varlen kernel;
+elsewhere one scaled_dot_product_attention per sequence. Without cu_seqlens (transformers' own generate, padded batches)
+it behaves like "sdpa".
 
     register()                                                 # once; import of fastpost.hf.folder does it
     AutoModelForCausalLM.from_pretrained(path, attn_implementation=NAME)
@@ -27,12 +28,14 @@ def register() -> None:
 
 
 def packed_arguments(cu_seqlens: torch.Tensor, longest: int) -> dict:
-    """The keyword arguments by which transformers' models hand packing down to their attention (its flash-attention names)."""
+    """The keyword arguments by which transformers' models hand packing down to their attention (its flash-attention
+    names)."""
     return {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": longest, "max_length_k": longest}
 
 
 def mask(batch_size: int, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **kwargs):
-    """The mask for `attention`: none for one unpadded row (causality and packing are in the kernel), else sdpa's [B, 1, Q, K]."""
+    """The mask for `attention`: none for one unpadded row (causality and packing are in the kernel), else sdpa's [B, 1,
+    Q, K]."""
     if attention_mask is None and batch_size == 1 and q_length == kv_length:
         return None
     return sdpa_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, **kwargs)
@@ -54,23 +57,26 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """query [B, H, T, d]; key, value [B, G, T, d] with H a multiple of G -> (output [B, T, H, d], None).
 
-    With cu_seq_lens_q (int32 [S+1], B = 1) each sequence attends causally to itself, at most `sliding_window` tokens back.
-    softcap: logits become softcap * tanh(logits / softcap). Raises ValueError for what it does not compute (attention sinks,
-    bidirectional attention, a mask beside packing) instead of leaving it out.
-    """
+    With cu_seq_lens_q (int32 [S+1], B = 1) each sequence attends causally to itself, at most `sliding_window` tokens
+    back. softcap: logits become softcap * tanh(logits / softcap). Raises ValueError for what it does not compute
+    (attention sinks, bidirectional attention, a mask beside packing) instead of leaving it out. """
     for name in ("s_aux", "position_bias"):
         if kwargs.get(name) is not None:
-            raise ValueError(f"[{NAME}] {name}: this model's attention needs it, and packed attention has no such term.")
+            raise ValueError(
+                f"[{NAME}] {name}: this model's attention needs it, and packed attention has no such term."
+            )
     if not (kwargs.get("is_causal", True) and getattr(module, "is_causal", True)):
-        raise ValueError(f"[{NAME}] is_causal: {type(module).__name__} attends in both directions; only causal models are packed.")
+        raise ValueError(
+            f"[{NAME}] is_causal: {type(module).__name__} attends in both directions; only causal models are packed."
+        )
     options = {"scale": scaling, "window": sliding_window, "softcap": softcap, "dropout": dropout}
     if cu_seq_lens_q is None:
         _refuse_unmarked_packing(kwargs.get("position_ids"), query, key)
         return _dense(query, key, value, attention_mask, **options).transpose(1, 2).contiguous(), None
     if attention_mask is not None or query.shape[0] != 1:
         raise ValueError(
-            f"[{NAME}] attention_mask: packed rows come as one row with cu_seq_lens and no mask, got batch {query.shape[0]} and "
-            f"mask {'none' if attention_mask is None else list(attention_mask.shape)}."
+            f"[{NAME}] attention_mask: packed rows come as one row with cu_seq_lens and no mask, got "
+            f"batch {query.shape[0]} and mask {'none' if attention_mask is None else list(attention_mask.shape)}."
         )
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None and dropout == 0.0:
         from torch.nn.attention.varlen import varlen_attn
@@ -113,6 +119,6 @@ def _refuse_unmarked_packing(position_ids: torch.Tensor | None, query: torch.Ten
         return
     if position_ids.dim() == 2 and bool((position_ids.diff() < 0).any()):
         raise ValueError(
-            f"[{NAME}] cu_seq_lens_q: position_ids restart, so several sequences are packed in this row, but no cu_seq_lens came. "
-            "Pass **packed_arguments(cu_seqlens, longest)."
+            f"[{NAME}] cu_seq_lens_q: position_ids restart, so this row holds several sequences, but no "
+            "cu_seq_lens came. Pass **packed_arguments(cu_seqlens, longest)."
         )

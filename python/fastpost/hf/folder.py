@@ -25,12 +25,14 @@ def load_tokenizer(path: str | Path):
     return AutoTokenizer.from_pretrained(_checked(path), local_files_only=True, trust_remote_code=False)
 
 
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32, attention_name: str = "packed", *, check: bool = True):
+def load_model(
+    path: str | Path, dtype: torch.dtype = torch.float32, attention_name: str = "packed", *, check: bool = True
+):
     """A causal LM in eval mode on the CPU, weights in `dtype`.
 
-    Raises ValueError when the folder holds pickles instead of safetensors (nothing is unpickled), when a weight is missing or
-    has another shape (transformers would draw it at random), or when the model's forward is not backbone + head (`verify`).
-    """
+    Raises ValueError when the folder holds pickles instead of safetensors (nothing is unpickled), when a weight is
+    missing or has another shape (transformers would draw it at random), or when the model's forward is not backbone +
+    head (`verify`). """
     path = _checked(path)
     weight_files(path)
     attention.register()
@@ -49,7 +51,9 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, attention_n
         if loading[what]:
             keys = sorted(str(k) for k in loading[what])
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise ValueError(f"{path}: {what.replace('_', ' ')}: {', '.join(keys[:3])}{more}. Weights and config.json do not fit.")
+            raise ValueError(
+                f"{path}: {what.replace('_', ' ')}: {', '.join(keys[:3])}{more}. Weights and config.json do not fit."
+            )
     model.eval()
     if check:
         verify(model)
@@ -59,9 +63,8 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, attention_n
 def save_folder(model, source: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> Path:
     """Write `model` as the folder `source` with other numbers: same keys, same shards, every other file byte for byte.
 
-    dtype None = each tensor in the dtype it has in `source`. Written beside `out` and renamed, so `out` is whole or absent.
-    Raises ValueError when `out` exists and is not empty.
-    """
+    dtype None = each tensor in the dtype it has in `source`. Written beside `out` and renamed, so `out` is whole or
+    absent. Raises ValueError when `out` exists and is not empty. """
     source, out = _checked(source), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: already exists and is not empty; nothing is overwritten. Choose another folder.")
@@ -86,15 +89,16 @@ def save_folder(model, source: str | Path, out: str | Path, dtype: torch.dtype |
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a model folder. Raises ValueError when there are none, naming the pickles if these are there."""
+    """The safetensors files of a model folder. Raises ValueError when there are none, naming the pickles if these are
+    there."""
     files = sorted(path.glob("model*.safetensors"))
     if files:
         return files
     pickled = sorted(f.name for f in path.iterdir() if f.suffix in PICKLED)
     if pickled:
         raise ValueError(
-            f"{path}: {pickled[0]} is a pickle, and reading a pickle can run any code; fastpost reads only safetensors. Convert it "
-            "where you trust it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)."
+            f"{path}: {pickled[0]} is a pickle, and reading a pickle can run any code; fastpost reads only safetensors. "
+            "Convert it where you trust it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)."
         )
     adapter = " It is an adapter: give the folder of its base model." if (path / "adapter_config.json").exists() else ""
     raise ValueError(f"{path}: no model*.safetensors here.{adapter}")
@@ -104,7 +108,8 @@ def _checked(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if not path.is_dir():
         raise ValueError(
-            f"{path}: no such folder. fastpost reads local Hugging Face folders; fetch one with `hf download ORG/NAME --local-dir DIR`."
+            f"{path}: no such folder. fastpost reads local Hugging Face folders; fetch one with "
+            "`hf download ORG/NAME --local-dir DIR`."
         )
     if not (path / "config.json").is_file():
         raise ValueError(f"{path}: no config.json, so this is not a Hugging Face model folder.")
@@ -127,19 +132,25 @@ def _write_weights(model, source: Path, out: Path, dtype: torch.dtype | None) ->
     if set(state) - wanted - tied:
         # transformers renamed or fused tensors on the way in (mixtures of experts); only it knows how to undo that.
         kind = dtype or _dtype(next(iter(next(iter(headers.values())).values())))
-        model.save_pretrained(out, state_dict={k: v.to("cpu", kind) if v.is_floating_point() else v for k, v in state.items()})
+        model.save_pretrained(
+            out, state_dict={k: v.to("cpu", kind) if v.is_floating_point() else v for k, v in state.items()}
+        )
         written = {key for file in out.glob("*.safetensors") for key in _header(file)}
         if written != wanted:
             missing, extra = sorted(wanted - written)[:3], sorted(written - wanted)[:3]
-            raise ValueError(f"[save] {type(model).__name__}: keys would change: missing {missing}, new {extra}. Nothing is kept.")
+            raise ValueError(
+                f"[save] {type(model).__name__}: keys would change: missing {missing}, new {extra}. Nothing is kept."
+            )
         return
     size = 0
     for file, header in headers.items():
         with safe_open(file, "pt") as old:
-            # A key the model does not have (an old buffer) keeps its value. Each tensor is copied: safetensors refuses shared
-            # memory, and a folder with both halves of a tied pair stays one.
+            # A key the model does not have (an old buffer) keeps its value. Each tensor is copied: safetensors refuses
+            # shared memory, and a folder with both halves of a tied pair stays one.
             tensors = {
-                key: state[key].to("cpu", dtype or _dtype(entry), copy=True).contiguous() if key in state else old.get_tensor(key)
+                key: state[key].to("cpu", dtype or _dtype(entry), copy=True).contiguous()
+                if key in state
+                else old.get_tensor(key)
                 for key, entry in header.items()
             }
         size += sum(t.nbytes for t in tensors.values())
@@ -167,4 +178,3 @@ def _set_config_dtype(file: Path, dtype: torch.dtype) -> None:
         return
     tree.update({k: name for k in keys})
     file.write_text(json.dumps(tree, indent=2) + "\n")
-
