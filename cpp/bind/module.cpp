@@ -11,7 +11,6 @@
 #include "ops.h"
 
 namespace nb = nanobind;
-using namespace nb::literals;
 
 namespace {
 
@@ -36,7 +35,12 @@ struct OpGuard {
   bool threads_set;
   nb::gil_scoped_release release;
 };
-using Op = nb::call_guard<OpGuard>;
+
+// Binds an op; every argument may be None, which cpp/ops then accepts or refuses by name.
+template <class... Args>
+void def_op(nb::module_& m, const char* name, void (*f)(Args...)) {
+  m.def(name, f, nb::call_guard<OpGuard>(), (static_cast<void>(sizeof(Args)), nb::arg().none())...);
+}
 
 void empty_op(fastpost::Tensor, fastpost::Tensor, fastpost::Tensor, fastpost::Tensor, fastpost::Tensor) {}
 
@@ -44,11 +48,11 @@ void empty_op(fastpost::Tensor, fastpost::Tensor, fastpost::Tensor, fastpost::Te
 
 NB_MODULE(_core, m) {
   m.def("build_info", &fastpost::build_info);
-  m.def("empty_op", &empty_op, Op());  // measures the boundary: python -m bench boundary
+  def_op(m, "empty_op", &empty_op);  // measures the boundary: python -m bench boundary
 
-  m.def("token_logprob", &fastpost::token_logprob, Op());
-  m.def("token_logprob_backward", &fastpost::token_logprob_backward, Op());
-  m.def("linear_logprob_tile", &fastpost::linear_logprob_tile, Op());
-  m.def("linear_logprob_finish", &fastpost::linear_logprob_finish, Op());
-  m.def("linear_logprob_tile_backward", &fastpost::linear_logprob_tile_backward, Op());
+  def_op(m, "token_logprob", &fastpost::token_logprob);
+  def_op(m, "token_logprob_backward", &fastpost::token_logprob_backward);
+  def_op(m, "linear_logprob_tile", &fastpost::linear_logprob_tile);
+  def_op(m, "linear_logprob_finish", &fastpost::linear_logprob_finish);
+  def_op(m, "linear_logprob_tile_backward", &fastpost::linear_logprob_tile_backward);
 }
