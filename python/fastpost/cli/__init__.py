@@ -3,7 +3,7 @@
 no torch.
 
 Each module has `main(argv) -> int` (the exit status). ValueError is the user's to mend and is printed without a
-traceback; set FASTPOST_TRACEBACK=1 to see where it came from. """
+traceback; set FASTPOST_TRACEBACK=1 to see where it came from."""
 
 from __future__ import annotations
 

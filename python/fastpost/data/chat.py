@@ -4,7 +4,7 @@
 A conversation is rendered by the model's own template and by nothing else. What the model will write is found by
 rendering twice: what it is served before a turn (with the generation prompt), and the conversation with that turn; the
 difference is the reply. This needs no {% generation %} marks in the template, and training sees to the byte what
-serving will send. """
+serving will send."""
 
 from __future__ import annotations
 

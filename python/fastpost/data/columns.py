@@ -11,7 +11,7 @@ Columns are TRL's:
 
 A text column is a string or a list of {"role", "content"}. Numbers that ride along, one per sequence: reference_logps,
 previous_logps, reward; in pairs reference_chosen_logps, reference_rejected_logps, previous_..., chosen_reward,
-rejected_reward. """
+rejected_reward."""
 
 from __future__ import annotations
 

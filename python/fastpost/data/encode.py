@@ -3,7 +3,7 @@
 
 Special tokens are never added to a rendered conversation: the template wrote them. Plain text gets what the tokenizer
 itself would add in front (BOS) and one EOS at the end. The mask follows the parts, never a comparison with the pad
-token. """
+token."""
 
 from __future__ import annotations
 

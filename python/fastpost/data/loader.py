@@ -98,7 +98,7 @@ def load_dataset(
 
     objective (optional) decides which row type and which stored numbers are wanted; `require` names more of the latter
     ("reference_logprob"). Rows with nothing left to train are dropped and counted; a row that is wrong is a ValueError
-    with file and line. """
+    with file and line."""
     path = path or cfg.train
     limit = cfg.eval_limit if path == cfg.eval and path != cfg.train else cfg.limit
     if objective is not None:

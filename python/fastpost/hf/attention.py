@@ -59,7 +59,7 @@ def attention(
 
     With cu_seq_lens_q (int32 [S+1], B = 1) each sequence attends causally to itself, at most `sliding_window` tokens
     back. softcap: logits become softcap * tanh(logits / softcap). Raises ValueError for what it does not compute
-    (attention sinks, bidirectional attention, a mask beside packing) instead of leaving it out. """
+    (attention sinks, bidirectional attention, a mask beside packing) instead of leaving it out."""
     for name in ("s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(

@@ -32,7 +32,7 @@ def load_model(
 
     Raises ValueError when the folder holds pickles instead of safetensors (nothing is unpickled), when a weight is
     missing or has another shape (transformers would draw it at random), or when the model's forward is not backbone +
-    head (`verify`). """
+    head (`verify`)."""
     path = _checked(path)
     weight_files(path)
     attention.register()
@@ -64,7 +64,7 @@ def save_folder(model, source: str | Path, out: str | Path, dtype: torch.dtype |
     """Write `model` as the folder `source` with other numbers: same keys, same shards, every other file byte for byte.
 
     dtype None = each tensor in the dtype it has in `source`. Written beside `out` and renamed, so `out` is whole or
-    absent. Raises ValueError when `out` exists and is not empty. """
+    absent. Raises ValueError when `out` exists and is not empty."""
     source, out = _checked(source), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: already exists and is not empty; nothing is overwritten. Choose another folder.")
@@ -97,7 +97,7 @@ def weight_files(path: Path) -> list[Path]:
     pickled = sorted(f.name for f in path.iterdir() if f.suffix in PICKLED)
     if pickled:
         raise ValueError(
-            f"{path}: {pickled[0]} is a pickle, and reading a pickle can run any code; fastpost reads only safetensors. "
+            f"{path}: {pickled[0]} is a pickle, and reading a pickle can run any code; only safetensors is read. "
             "Convert it where you trust it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)."
         )
     adapter = " It is an adapter: give the folder of its base model." if (path / "adapter_config.json").exists() else ""

@@ -3,7 +3,7 @@
 
 The logits themselves are never made: fastpost's ops take hidden states and head weight. `verify` checks, on seven
 tokens, that the two halves put together are the model's own forward, and that packed sequences do not see each other; a
-model with an extra step that is not understood here is refused instead of trained wrongly. """
+model with an extra step that is not understood here is refused instead of trained wrongly."""
 
 from __future__ import annotations
 

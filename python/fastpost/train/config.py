@@ -5,12 +5,13 @@
 
 A key that does not exist is an error that names the file, the key and the nearest right one; values are checked against
 the declared types (`1e-6` is a float although YAML 1.1 calls it a string). Nothing here imports torch, so `--help` is
-quick. """
+quick."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import textwrap
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -210,10 +211,9 @@ def _apply(cfg: Config, args: list[str]) -> None:
 def _set(cfg: Config, name: str, text: str, flag: str) -> None:
     group, _, key = name.partition(".")
     if group not in names(Config) or not key:
-        known = [f"--{n}" for n in field_names()]
-        raise ValueError(
-            f"command line: unknown option {flag}.{suggest(flag, known) if key else ' Write --group.key VALUE.'}"
-        )
+        near = next((n for n in field_names() if n.endswith(f".{group}")), None)  # --lr
+        hint = f" Did you mean '--{near}'?" if near and not key else suggest(name, field_names())
+        raise ValueError(f"command line: unknown option {flag}.{hint}")
     section = getattr(cfg, group)
     if group == "objective" and key != "name":
         cfg.objective.fields[key] = plain(yaml.load(text, Loader=Loader))
@@ -234,7 +234,8 @@ def help_text() -> str:
         group = groups.get(getattr(cls, "name", ""))
         for entry, doc in zip(cls.body, cls.body[1:]) if group else ():
             if isinstance(entry, ast.AnnAssign) and isinstance(doc, ast.Expr):
-                key, text = entry.target.id, " ".join(doc.value.value.split())
+                key = entry.target.id
+                text = textwrap.fill(" ".join(doc.value.value.split()), 100).replace("\n", "\n      ")
                 if (group, key) == ("objective", "fields"):
                     lines.append(f"  --objective.FIELD\n      {text}")
                 else:
