@@ -22,13 +22,20 @@ void token_logprob(Tensor logits, Tensor target, float temperature, float softca
                    Tensor logprob, Tensor lse, Tensor entropy);
 
 // grad_logits = d(Σ_i grad_logprob[i]·logprob[i] + grad_entropy[i]·entropy[i]) / d logits, in the dtype of logits, which
-// it may overwrite. Rows that are ignored or have zero gradients become zero without being read.
+// it may overwrite. Rows that are ignored or have zero gradients become zero without being read. logprob, lse and
+// entropy are the forward's results; the target's own column is computed from logprob, so that 1 - p keeps its bits.
 void token_logprob_backward(Tensor logits, Tensor target, float temperature, float softcap, int64_t ignore_index,
-                            Tensor lse, Tensor entropy, Tensor grad_logprob, Tensor grad_entropy, Tensor grad_logits);
+                            Tensor logprob, Tensor lse, Tensor entropy, Tensor grad_logprob, Tensor grad_entropy,
+                            Tensor grad_logits);
 
 // ---- linear_logprob: from logits that come a tile at a time ------------------------------------------------------------
 // logits = hidden · weightᵀ never exists as a whole: the caller makes tiles [n, v] that hold rows of N and the vocabulary
 // slice [vocab_start, vocab_start + v), with the framework's own GEMM, and these functions do everything between GEMMs.
+
+// Checks the arguments of the whole op, so that a GEMM need not fail first: hidden [N, D] and weight [V, D] of one float
+// dtype, any strides; bias? [V] of the same; target [N] int64 in [0, V) or ignore_index (values are read on CPU only).
+void linear_logprob_check(Tensor hidden, Tensor weight, Tensor bias, Tensor target, float temperature, float softcap,
+                          int64_t ignore_index);
 
 // Folds one tile into stats [4, n] float32: max z, Σ e^(z - max), Σ e^(z - max)·(z - max) if with_entropy, z of target.
 // Start from stats = {-inf, 0, 0, 0}. bias? [v] is the slice's.
@@ -40,8 +47,8 @@ void linear_logprob_finish(Tensor stats, Tensor logprob, Tensor lse, Tensor entr
 
 // As token_logprob_backward, for one tile; grad_logits [n, v] may be the tile itself.
 void linear_logprob_tile_backward(Tensor logits, Tensor bias, Tensor target, int64_t vocab_start, float temperature,
-                                  float softcap, Tensor lse, Tensor entropy, Tensor grad_logprob, Tensor grad_entropy,
-                                  Tensor grad_logits);
+                                  float softcap, Tensor logprob, Tensor lse, Tensor entropy, Tensor grad_logprob,
+                                  Tensor grad_entropy, Tensor grad_logits);
 
 // ---- preference_loss: from token log-probs to a loss ------------------------------------------------------------------
 

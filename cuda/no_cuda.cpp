@@ -17,12 +17,13 @@ namespace {
 }  // namespace
 
 void token_logprob(Tensor, Tensor, float, float, int64_t, Tensor, Tensor, Tensor) { no_cuda("token_logprob"); }
-void token_logprob_backward(Tensor, Tensor, float, float, int64_t, Tensor, Tensor, Tensor, Tensor, Tensor) {
+void token_logprob_backward(Tensor, Tensor, float, float, int64_t, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor) {
   no_cuda("token_logprob");
 }
 void linear_logprob_tile(Tensor, Tensor, Tensor, int64_t, float, float, bool, Tensor) { no_cuda("linear_logprob"); }
 void linear_logprob_finish(Tensor, Tensor, Tensor, Tensor) { no_cuda("linear_logprob"); }
-void linear_logprob_tile_backward(Tensor, Tensor, Tensor, int64_t, float, float, Tensor, Tensor, Tensor, Tensor, Tensor) {
+void linear_logprob_tile_backward(Tensor, Tensor, Tensor, int64_t, float, float, Tensor, Tensor, Tensor, Tensor, Tensor,
+                                  Tensor) {
   no_cuda("linear_logprob");
 }
 

@@ -12,14 +12,15 @@ namespace fastpost::cuda {
 void token_logprob(Tensor logits, Tensor target, float temperature, float softcap, int64_t ignore_index,
                    Tensor logprob, Tensor lse, Tensor entropy);
 void token_logprob_backward(Tensor logits, Tensor target, float temperature, float softcap, int64_t ignore_index,
-                            Tensor lse, Tensor entropy, Tensor grad_logprob, Tensor grad_entropy, Tensor grad_logits);
+                            Tensor logprob, Tensor lse, Tensor entropy, Tensor grad_logprob, Tensor grad_entropy,
+                            Tensor grad_logits);
 
 void linear_logprob_tile(Tensor logits, Tensor bias, Tensor target, int64_t vocab_start, float temperature,
                          float softcap, bool with_entropy, Tensor stats);
 void linear_logprob_finish(Tensor stats, Tensor logprob, Tensor lse, Tensor entropy);
 void linear_logprob_tile_backward(Tensor logits, Tensor bias, Tensor target, int64_t vocab_start, float temperature,
-                                  float softcap, Tensor lse, Tensor entropy, Tensor grad_logprob, Tensor grad_entropy,
-                                  Tensor grad_logits);
+                                  float softcap, Tensor logprob, Tensor lse, Tensor entropy, Tensor grad_logprob,
+                                  Tensor grad_entropy, Tensor grad_logits);
 
 // float32 only. cu_seqlens is not read back either: kernels clamp it to [0, T].
 void preference_loss(Tensor logprob, Tensor target, Tensor cu_seqlens, int64_t ignore_index, const Objective& objective,

@@ -52,7 +52,10 @@ NB_MODULE(_core, m) {
 
   def_op(m, "token_logprob", &fastpost::token_logprob);
   def_op(m, "token_logprob_backward", &fastpost::token_logprob_backward);
+  def_op(m, "linear_logprob_check", &fastpost::linear_logprob_check);
   def_op(m, "linear_logprob_tile", &fastpost::linear_logprob_tile);
   def_op(m, "linear_logprob_finish", &fastpost::linear_logprob_finish);
   def_op(m, "linear_logprob_tile_backward", &fastpost::linear_logprob_tile_backward);
+  def_op(m, "preference_loss", &fastpost::preference_loss);
+  def_op(m, "preference_loss_backward", &fastpost::preference_loss_backward);
 }

@@ -31,6 +31,17 @@ int64_t local_target(const Tensor& target, int64_t i, int64_t vocab_start, int64
 
 }  // namespace
 
+void linear_logprob_check(Tensor hidden, Tensor weight, Tensor bias, Tensor target, float temperature, float softcap,
+                          int64_t ignore_index) {
+  constexpr const char* op = "linear_logprob";
+  expect(op, "hidden", hidden, kFloats, {kAny, kAny}, Layout::Strided);
+  expect(op, "weight", weight, {hidden.dtype}, {kAny, hidden.size(1)}, Layout::Strided, &hidden);
+  expect_optional(op, "bias", bias, {hidden.dtype}, {weight.size(0)}, Layout::Contiguous, &hidden);
+  expect(op, "target", target, {DType::Int64}, {hidden.size(0)}, Layout::Contiguous, &hidden);
+  expect_transform(op, temperature, softcap);
+  if (target.device == Device::CPU) expect_targets(op, target, weight.size(0), ignore_index);
+}
+
 void linear_logprob_tile(Tensor logits, Tensor bias, Tensor target, int64_t vocab_start, float temperature,
                          float softcap, bool with_entropy, Tensor stats) {
   constexpr const char* op = "linear_logprob";
@@ -67,24 +78,25 @@ void linear_logprob_finish(Tensor stats, Tensor logprob, Tensor lse, Tensor entr
   for (int64_t i = 0; i < n; ++i) {
     const float log_sum = std::log(s[kSum * n + i]);
     lse.ptr<float>()[i] = s[kMax * n + i] + log_sum;
-    logprob.ptr<float>()[i] = clamp_logprob(s[kTarget * n + i] - (s[kMax * n + i] + log_sum));
+    logprob.ptr<float>()[i] = clamp_logprob((s[kTarget * n + i] - s[kMax * n + i]) - log_sum);
     if (entropy.defined()) entropy.ptr<float>()[i] = log_sum - s[kWeighted * n + i] / s[kSum * n + i];
   }
 }
 
 void linear_logprob_tile_backward(Tensor logits, Tensor bias, Tensor target, int64_t vocab_start, float temperature,
-                                  float softcap, Tensor lse, Tensor entropy, Tensor grad_logprob, Tensor grad_entropy,
-                                  Tensor grad_logits) {
+                                  float softcap, Tensor logprob, Tensor lse, Tensor entropy, Tensor grad_logprob,
+                                  Tensor grad_entropy, Tensor grad_logits) {
   constexpr const char* op = "linear_logprob_backward";
   const int64_t n = expect_tile(op, logits, bias, target, temperature, softcap), v = logits.size(1);
+  expect(op, "logprob", logprob, {DType::Float32}, {n}, Layout::Contiguous, &logits);
   expect(op, "lse", lse, {DType::Float32}, {n}, Layout::Contiguous, &logits);
   expect(op, "grad_logprob", grad_logprob, {DType::Float32}, {n}, Layout::Contiguous, &logits);
   expect_optional(op, "grad_entropy", grad_entropy, {DType::Float32}, {n}, Layout::Contiguous, &logits);
   if (grad_entropy.defined()) expect(op, "entropy", entropy, {DType::Float32}, {n}, Layout::Contiguous, &logits);
   expect(op, "grad_logits", grad_logits, {logits.dtype}, {n, v}, Layout::ContiguousRows, &logits);
   if (logits.device == Device::CUDA) {
-    return cuda::linear_logprob_tile_backward(logits, bias, target, vocab_start, temperature, softcap, lse, entropy,
-                                              grad_logprob, grad_entropy, grad_logits);
+    return cuda::linear_logprob_tile_backward(logits, bias, target, vocab_start, temperature, softcap, logprob, lse,
+                                              entropy, grad_logprob, grad_entropy, grad_logits);
   }
   const LogitTransform transform{1.0f / temperature, softcap};
   const LogprobRowKernels& kernels = logprob_row_kernels();
@@ -92,7 +104,7 @@ void linear_logprob_tile_backward(Tensor logits, Tensor bias, Tensor target, int
     for (int64_t i = begin; i < end; ++i) {
       const float h = grad_entropy.defined() ? grad_entropy.ptr<float>()[i] : 0.0f;
       kernels.gradient(logits.dtype, logits.row(i), bias.data, v, transform, local_target(target, i, vocab_start, v),
-                       lse.ptr<float>()[i], h != 0 ? entropy.ptr<float>()[i] : 0.0f, grad_logprob.ptr<float>()[i], h,
+                       logprob.ptr<float>()[i], lse.ptr<float>()[i], h != 0 ? entropy.ptr<float>()[i] : 0.0f, grad_logprob.ptr<float>()[i], h,
                        grad_logits.row(i));
     }
   });

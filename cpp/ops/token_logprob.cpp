@@ -39,9 +39,10 @@ void token_logprob(Tensor logits, Tensor target, float temperature, float softca
       if (t != ignore_index) {
         RowStats s{-std::numeric_limits<float>::infinity(), 0, 0};
         kernels.accumulate(logits.dtype, logits.row(i), nullptr, v, transform, entropy.defined(), &s);
-        row_lse = s.max + std::log(s.sum);
-        row_logprob = clamp_logprob(kernels.transform(logits.dtype, logits.row(i), nullptr, t, transform) - row_lse);
-        row_entropy = std::log(s.sum) - s.weighted / s.sum;
+        const float log_sum = std::log(s.sum), z = kernels.transform(logits.dtype, logits.row(i), nullptr, t, transform);
+        row_lse = s.max + log_sum;
+        row_logprob = clamp_logprob((z - s.max) - log_sum);  // not z - lse, which loses bits when p is near 1
+        row_entropy = log_sum - s.weighted / s.sum;
       }
       logprob.ptr<float>()[i] = row_logprob;
       lse.ptr<float>()[i] = row_lse;
@@ -51,11 +52,13 @@ void token_logprob(Tensor logits, Tensor target, float temperature, float softca
 }
 
 void token_logprob_backward(Tensor logits, Tensor target, float temperature, float softcap, int64_t ignore_index,
-                            Tensor lse, Tensor entropy, Tensor grad_logprob, Tensor grad_entropy, Tensor grad_logits) {
+                            Tensor logprob, Tensor lse, Tensor entropy, Tensor grad_logprob, Tensor grad_entropy,
+                            Tensor grad_logits) {
   constexpr const char* op = "token_logprob_backward";
   expect(op, "logits", logits, kFloats, {kAny, kAny}, Layout::ContiguousRows);
   const int64_t n = logits.size(0), v = logits.size(1);
   expect(op, "target", target, {DType::Int64}, {n}, Layout::Contiguous, &logits);
+  expect(op, "logprob", logprob, {DType::Float32}, {n}, Layout::Contiguous, &logits);
   expect(op, "lse", lse, {DType::Float32}, {n}, Layout::Contiguous, &logits);
   expect(op, "grad_logprob", grad_logprob, {DType::Float32}, {n}, Layout::Contiguous, &logits);
   expect_optional(op, "grad_entropy", grad_entropy, {DType::Float32}, {n}, Layout::Contiguous, &logits);
@@ -63,8 +66,8 @@ void token_logprob_backward(Tensor logits, Tensor target, float temperature, flo
   expect(op, "grad_logits", grad_logits, {logits.dtype}, {n, v}, Layout::ContiguousRows, &logits);
   expect_transform(op, temperature, softcap);
   if (logits.device == Device::CUDA) {
-    return cuda::token_logprob_backward(logits, target, temperature, softcap, ignore_index, lse, entropy, grad_logprob,
-                                        grad_entropy, grad_logits);
+    return cuda::token_logprob_backward(logits, target, temperature, softcap, ignore_index, logprob, lse, entropy,
+                                        grad_logprob, grad_entropy, grad_logits);
   }
   expect_targets(op, target, v, ignore_index);
   const LogitTransform transform{1.0f / temperature, softcap};
@@ -78,8 +81,8 @@ void token_logprob_backward(Tensor logits, Tensor target, float temperature, flo
       if (t == ignore_index || (g == 0 && h == 0)) {
         std::memset(out, 0, v * itemsize(logits.dtype));
       } else {
-        kernels.gradient(logits.dtype, logits.row(i), nullptr, v, transform, t, lse.ptr<float>()[i],
-                         h != 0 ? entropy.ptr<float>()[i] : 0.0f, g, h, out);
+        kernels.gradient(logits.dtype, logits.row(i), nullptr, v, transform, t, logprob.ptr<float>()[i],
+                         lse.ptr<float>()[i], h != 0 ? entropy.ptr<float>()[i] : 0.0f, g, h, out);
       }
     }
   });

@@ -96,7 +96,8 @@ void accumulate_row(const Row<T>& row, int64_t v, RowStats* stats) {
 
 // d(g·logp + h·H)/dz = g·(1[target] - p) - h·p·(log p + H)
 template <class T, bool Softcap, bool Entropy>
-void gradient_row(const Row<T>& row, int64_t v, int64_t target, float lse, float entropy, float g, float h, T* out) {
+void gradient_row(const Row<T>& row, int64_t v, int64_t target, float logprob, float lse, float entropy, float g,
+                  float h, T* out) {
   constexpr int w = F32::width;
   const F32 minus_g = broadcast(-g), minus_h = broadcast(-h), shift = broadcast(lse), ent = broadcast(entropy);
   const F32 scale = broadcast(row.t.inverse_temperature);
@@ -116,20 +117,17 @@ void gradient_row(const Row<T>& row, int64_t v, int64_t target, float lse, float
     return p * coefficient * slope;
   };
 
-  // The target's column is read before out is written (they may be one buffer) and computed on its own: there 1 - p
-  // cancels when p is near 1, and -expm1(log p) does not.
+  // The target's column on its own, before out is written (it may be the same buffer as logits): there 1 - p cancels
+  // when p is near 1, and -expm1(log p) does not.
   float at_target = 0;
   if (target >= 0) {
-    float a = to_float(row.logits[target]) + (row.bias ? to_float(row.bias[target]) : 0.0f);
-    float slope = row.t.inverse_temperature, z = a;
+    at_target = row.t.inverse_temperature *
+                (g * -__builtin_expm1f(logprob) - (Entropy ? h * __builtin_expf(logprob) * (logprob + entropy) : 0.0f));
     if constexpr (Softcap) {
+      const float a = to_float(row.logits[target]) + (row.bias ? to_float(row.bias[target]) : 0.0f);
       const float unit = __builtin_tanhf(a / row.t.softcap);
-      z = row.t.softcap * unit;
-      slope *= 1.0f - unit * unit;
+      at_target *= 1.0f - unit * unit;
     }
-    const float logp = z * row.t.inverse_temperature - lse;
-    const float p = __builtin_expf(logp);
-    at_target = slope * (g * -__builtin_expm1f(logp) - (Entropy ? h * p * (logp + entropy) : 0.0f));
   }
   int64_t j = 0;
   for (; j + w <= v; j += w) store(out + j, derivative(row.raw(j)));
@@ -172,12 +170,12 @@ float transform(DType dtype, const void* logits, const void* bias, int64_t index
 }
 
 void gradient(DType dtype, const void* logits, const void* bias, int64_t v, const LogitTransform& t, int64_t target,
-              float lse, float entropy, float g, float h, void* out) {
+              float logprob, float lse, float entropy, float g, float h, void* out) {
   visit_float(dtype, [&]<class T>(T) {
     const Row<T> row{static_cast<const T*>(logits), static_cast<const T*>(bias), t};
     with_flags(t.softcap != 0, h != 0, [&](auto softcap, auto with_entropy) {
-      gradient_row<T, decltype(softcap)::value, decltype(with_entropy)::value>(row, v, target, lse, entropy, g, h,
-                                                                               static_cast<T*>(out));
+      gradient_row<T, decltype(softcap)::value, decltype(with_entropy)::value>(row, v, target, logprob, lse, entropy, g,
+                                                                               h, static_cast<T*>(out));
     });
   });
 }

@@ -28,9 +28,10 @@ struct LogprobRowKernels {
   // z of one logit.
   float (*transform)(DType dtype, const void* logits, const void* bias, int64_t index, const LogitTransform& t);
   // out[j] = d(g·logp + h·entropy)/d logits[j] for v logits; target is the index of the target logit, or -1 when it
-  // lies outside this slice. entropy is the row's (ignored when h = 0). out may be the logits themselves.
+  // lies outside this slice. logprob (of the target), lse and entropy (ignored when h = 0) are the row's. out may be
+  // the logits themselves.
   void (*gradient)(DType dtype, const void* logits, const void* bias, int64_t v, const LogitTransform& t,
-                   int64_t target, float lse, float entropy, float g, float h, void* out);
+                   int64_t target, float logprob, float lse, float entropy, float g, float h, void* out);
 };
 
 // Rounding can put a log-prob of nearly 1 just above 0; NaN stays.

@@ -1,3 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fastpost: fused losses and kernels for post-training LLMs. Names load on first use; torch is imported by them."""
+"""fastpost: fused losses and kernels for post-training LLMs.
+
+Names load on first use, so `import fastpost` costs about a millisecond; the ops need torch and the compiled core, and
+nothing else.
+"""
+
+import importlib
+
 __version__ = "0.1.0"
+
+_HOME = {  # public name -> module that defines it
+    "token_logprob": "fastpost.ops.token_logprob",
+    "linear_logprob": "fastpost.ops.linear_logprob",
+    "preference_loss": "fastpost.ops.preference_loss",
+    "PreferenceOutput": "fastpost.ops.preference_loss",
+}
+_MODULES = ("objectives", "reference")
+
+__all__ = [*_HOME, *_MODULES]
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"fastpost.{name}")
+    else:
+        raise AttributeError(f"module 'fastpost' has no attribute '{name}'")
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run reports: sums and counts while it computes, TRL's metric names when it writes.
+
+    run/metrics.jsonl   one object per step, only values that the same run would produce again (no clocks)
+    run/timing.jsonl    one object per step: ms, tokens per second, model FLOPs utilisation, memory, share of time waiting for data
+    console             one line per step
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from .checkpoint import replace_text
+
+
+class Sums:
+    """Named (sum, count) pairs. Means are taken once, at the end, so micro-batches of unequal size weigh what they should."""
+
+    def __init__(self):
+        self._sums: dict[str, list[torch.Tensor]] = {}
+        self._counts: dict[str, float] = {}
+
+    def add(self, name: str, values: torch.Tensor, count: float | None = None) -> None:
+        """Add `values` (any shape); `count` is their number unless the mean is over something else (tokens)."""
+        self._sums.setdefault(name, []).append(values.detach().double().sum())
+        self._counts[name] = self._counts.get(name, 0) + (values.numel() if count is None else count)
+
+    def means(self) -> dict[str, float]:
+        """Waits for the device once."""
+        if not self._sums:
+            return {}
+        totals = torch.stack([torch.stack(parts).sum() for parts in self._sums.values()]).tolist()
+        return {name: total / self._counts[name] for name, total in zip(self._sums, totals, strict=True)}
+
+
+def add_output(sums: Sums, objective, batch, output, count: float) -> None:
+    """Add a PreferenceOutput's numbers under TRL's names. `count` is what the loss of this micro-batch is divided by.
+
+    rewards/*: implicit rewards as the objective defines them; logps/*: summed log-probs per sequence; pairs: chosen = 2i, rejected = 2i+1.
+    Unpaired rows with a reward: above 0 is chosen.
+    """
+    sums.add("loss", output.losses, count)
+    rewards, logprob = output.rewards.detach(), output.logprob.detach()
+    if objective.paired:
+        chosen, rejected = rewards[0::2], rewards[1::2]
+        sums.add("rewards/chosen", chosen)
+        sums.add("rewards/rejected", rejected)
+        sums.add("rewards/margins", chosen - rejected)
+        sums.add("rewards/accuracies", (chosen > rejected).float())
+        sums.add("logps/chosen", logprob[0::2])
+        sums.add("logps/rejected", logprob[1::2])
+    elif batch.reward is not None:
+        for name, rows in (("chosen", batch.reward > 0), ("rejected", batch.reward <= 0)):
+            if bool(rows.any()):
+                sums.add(f"rewards/{name}", rewards[rows])
+                sums.add(f"logps/{name}", logprob[rows])
+
+
+class RunLog:
+    """Appends to metrics.jsonl and timing.jsonl of a run folder and prints the line of a step.
+
+    `finished` steps are kept, what an interrupted run wrote after them is cut off: the resumed run writes it again.
+    """
+
+    def __init__(self, folder: Path, *, finished: int, total: int, every: int = 1, stream=None):
+        self.total, self.every, self.stream = total, every, stream or sys.stdout
+        self._files = {}
+        for name in ("metrics", "timing"):
+            path = folder / f"{name}.jsonl"
+            truncate(path, finished)
+            self._files[name] = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed in close()
+        self._begin, self._first, self._redrawn = time.perf_counter(), finished, False
+
+    def step(self, step: int, values: dict, timing: dict) -> None:
+        """`step` is the number of finished steps."""
+        self._append("metrics", {"step": step, **values})
+        self._append("timing", {"step": step, **timing})
+        shown = step % self.every == 0 or step in (self._first + 1, self.total)
+        if shown or self.stream.isatty():
+            left = (time.perf_counter() - self._begin) / (step - self._first) * (self.total - step)
+            self._show(line(step, self.total, values, timing, left), final=shown)
+
+    def evaluation(self, step: int, values: dict) -> None:
+        self._append("metrics", {"step": step, **{f"eval_{k}": v for k, v in values.items()}})
+        self.say(f"eval   step {step} | " + " | ".join(_brief(values)) + f" | rows {values['rows']}")
+
+    def say(self, text: str) -> None:
+        self._show(text, final=True)
+
+    def sync(self) -> None:
+        """Put the lines on the disk, before a checkpoint that relies on them."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def _append(self, name: str, values: dict) -> None:
+        # repr of a float reads back to the same bits; one write per line, so that a kill tears at most the last one.
+        self._files[name].write(json.dumps(values) + "\n")
+        self._files[name].flush()
+
+    def _show(self, text: str, final: bool) -> None:
+        erase = "\r\x1b[K" if self._redrawn else ""
+        self.stream.write(erase + text + ("\n" if final else ""))
+        self.stream.flush()
+        self._redrawn = not final
+
+
+def read(path: Path) -> list[dict]:
+    """The objects of a .jsonl file of a run; a last line torn by a kill is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines(keepends=True) if text.endswith("\n")]
+
+
+def truncate(path: Path, finished: int) -> None:
+    """Keep the lines of the first `finished` steps (0: nothing, the run starts over), byte for byte."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [text for text in lines if finished > 0 and text.endswith("\n") and json.loads(text)["step"] <= finished]
+    if len(kept) < len(lines):
+        replace_text(path, "".join(kept))
+
+
+def line(step: int, total: int, values: dict, timing: dict, seconds_left: float) -> str:
+    """One step for people: `step  120/900 | loss 0.6412 | margin 0.211 | acc 0.63 | gnorm 4.12 | lr 9.1e-07 | 312 ms | …`"""
+    parts = [f"step {step:{len(str(total)) + 1}d}/{total}", *_brief(values)]
+    parts += [f"gnorm {values['grad_norm']:.2f}", f"lr {values['learning_rate']:.1e}", f"{timing['ms']:.0f} ms"]
+    parts += [f"{timing['tps'] / 1000:.2f}k tok/s" if timing["tps"] >= 1000 else f"{timing['tps']:.0f} tok/s"]
+    if timing.get("mfu") is not None:
+        parts.append(f"{100 * timing['mfu']:.1f}% mfu")
+    parts += [f"{timing['memory/peak_gb']:.1f} GB", f"eta {_duration(seconds_left)}"]
+    return " | ".join(parts)
+
+
+def _brief(values: dict) -> list[str]:
+    parts = [f"loss {values['loss']:.4f}"]
+    if "rewards/margins" in values:
+        parts += [f"margin {values['rewards/margins']:.3f}", f"acc {values['rewards/accuracies']:.2f}"]
+    return parts
+
+
+def _duration(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{s}s"
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Highest memory so far in GB (1e9 bytes): of the allocator on CUDA, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
