@@ -85,9 +85,14 @@ class Objective:
             value = getattr(self, field.name)
             if "choices" in field.metadata:
                 self._check_choice(field.name, value, field.metadata["choices"])
-            else:
+            elif "limits" in field.metadata:
                 self._check_number(field.name, value, **field.metadata["limits"])
                 object.__setattr__(self, field.name, float(value))
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        kind = "_".join([self.name.lower(), *(v for v in values if isinstance(v, str))])
+        known = ALL.get(self.name.lower()) is type(self)
+        core = (KINDS.index(kind), tuple(v for v in values if isinstance(v, float))) if known else None
+        object.__setattr__(self, "_core", core)  # once, so that torch.compile sees a constant
 
     def __call__(self, logprob, length, reference_logprob=None, previous_logprob=None, reward=None, kl=None) -> Tensor:
         """Losses, one per pair [S / 2] or per sequence [S], in the dtype of logprob; differentiable in logprob.
@@ -119,11 +124,12 @@ class Objective:
         """Mean loss while the policy still equals its reference, or None where that depends on the data."""
         return None
 
-    def core(self) -> tuple[int, tuple[float, ...]]:
-        """(kind, parameters) for the compiled core: the index in KINDS and the numeric fields in order."""
-        values = dataclasses.asdict(self).values()
-        kind = "_".join([self.name.lower(), *(v for v in values if isinstance(v, str))])
-        return KINDS.index(kind), tuple(v for v in values if isinstance(v, float))
+    def core(self) -> tuple[int, tuple[float, ...]] | None:
+        """(kind, parameters) for the compiled core: the index in KINDS and the numeric fields in order.
+
+        None for a subclass that it does not know: preference_loss then evaluates the definition in torch.
+        """
+        return self._core
 
     @property
     def name(self) -> str:
