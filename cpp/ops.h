@@ -37,8 +37,9 @@ void token_logprob_backward(Tensor logits, Tensor target, float temperature, flo
 void linear_logprob_check(Tensor hidden, Tensor weight, Tensor bias, Tensor target, float temperature, float softcap,
                           int64_t ignore_index);
 
-// Folds one tile into stats [4, n] float32: max z, Σ e^(z - max), Σ e^(z - max)·(z - max) if with_entropy, z of target.
-// Start from stats = {-inf, 0, 0, 0}. bias? [v] is the slice's.
+// Folds one tile into stats [5, n] float32: m = max z, how many z equal m, Σ e^(z - m) over the others, Σ e^(z - m)·(z - m)
+// if with_entropy, z of the target. (Apart, because 1 + rest loses the rest when p -> 1.) Start from {-inf, 0, 0, 0, 0}.
+// bias? [v] is the slice's.
 void linear_logprob_tile(Tensor logits, Tensor bias, Tensor target, int64_t vocab_start, float temperature,
                          float softcap, bool with_entropy, Tensor stats);
 

@@ -97,6 +97,9 @@ inline F32 max(F32 bound, F32 x) { return {_mm512_max_ps(bound.v, x.v)}; }  // x
 inline F32 min(F32 bound, F32 x) { return {_mm512_min_ps(bound.v, x.v)}; }
 inline F32 round(F32 x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline F32 scale_by_power_of_two(F32 x, F32 n) { return {_mm512_scalef_ps(x.v, n.v)}; }
+inline F32 one_where_zero(F32 x) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_EQ_OQ), _mm512_set1_ps(1.0f))};
+}
 inline float sum(F32 x) { return _mm512_reduce_add_ps(x.v); }
 
 #elif defined(__AVX2__)
@@ -141,6 +144,9 @@ inline F32 scale_by_power_of_two(F32 x, F32 n) {  // in two steps, so that n may
   };
   return {_mm256_mul_ps(_mm256_mul_ps(x.v, power(half)), power(_mm256_sub_epi32(all, half)))};
 }
+inline F32 one_where_zero(F32 x) {
+  return {_mm256_and_ps(_mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_EQ_OQ), _mm256_set1_ps(1.0f))};
+}
 inline float sum(F32 x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -181,6 +187,7 @@ inline F32 scale_by_power_of_two(F32 x, F32 n) {  // in two steps, so that n may
   for (int i = 0; i < F32::width; ++i) all[i] = static_cast<int32_t>(n.v[i] == n.v[i] ? n.v[i] : 0.0f);
   FP_LANES(x.v[i] * power_of_two(all[i] >> 1) * power_of_two(all[i] - (all[i] >> 1)));
 }
+inline F32 one_where_zero(F32 x) { FP_LANES(x.v[i] == 0.0f ? 1.0f : 0.0f); }
 inline float sum(F32 x) {
   float s = 0;
   for (int i = 0; i < F32::width; ++i) s += x.v[i];

@@ -1,6 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <cmath>
-
 #include "core/check.h"
 #include "core/parallel.h"
 #include "cuda/ops.h"
@@ -10,7 +8,7 @@
 namespace fastpost {
 namespace {
 
-constexpr int kMax = 0, kSum = 1, kWeighted = 2, kTarget = 3;  // rows of stats
+enum StatsRow { kMax, kAtMax, kRest, kWeighted, kTarget, kStatsRows };
 
 // What every tile function takes; returns the row count.
 int64_t expect_tile(const char* op, const Tensor& logits, const Tensor& bias, const Tensor& target, float temperature,
@@ -46,7 +44,7 @@ void linear_logprob_tile(Tensor logits, Tensor bias, Tensor target, int64_t voca
                          float softcap, bool with_entropy, Tensor stats) {
   constexpr const char* op = "linear_logprob";
   const int64_t n = expect_tile(op, logits, bias, target, temperature, softcap), v = logits.size(1);
-  expect(op, "stats", stats, {DType::Float32}, {4, n}, Layout::Contiguous, &logits);
+  expect(op, "stats", stats, {DType::Float32}, {kStatsRows, n}, Layout::Contiguous, &logits);
   if (logits.device == Device::CUDA) {
     return cuda::linear_logprob_tile(logits, bias, target, vocab_start, temperature, softcap, with_entropy, stats);
   }
@@ -55,10 +53,11 @@ void linear_logprob_tile(Tensor logits, Tensor bias, Tensor target, int64_t voca
   float* s = stats.ptr<float>();
   parallel_for(n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      RowStats row{s[kMax * n + i], s[kSum * n + i], s[kWeighted * n + i]};
+      RowStats row{s[kMax * n + i], s[kAtMax * n + i], s[kRest * n + i], s[kWeighted * n + i]};
       kernels.accumulate(logits.dtype, logits.row(i), bias.data, v, transform, with_entropy, &row);
       s[kMax * n + i] = row.max;
-      s[kSum * n + i] = row.sum;
+      s[kAtMax * n + i] = row.at_max;
+      s[kRest * n + i] = row.rest;
       s[kWeighted * n + i] = row.weighted;
       const int64_t t = local_target(target, i, vocab_start, v);
       if (t >= 0) s[kTarget * n + i] = kernels.transform(logits.dtype, logits.row(i), bias.data, t, transform);
@@ -68,7 +67,7 @@ void linear_logprob_tile(Tensor logits, Tensor bias, Tensor target, int64_t voca
 
 void linear_logprob_finish(Tensor stats, Tensor logprob, Tensor lse, Tensor entropy) {
   constexpr const char* op = "linear_logprob";
-  expect(op, "stats", stats, {DType::Float32}, {4, kAny});
+  expect(op, "stats", stats, {DType::Float32}, {kStatsRows, kAny});
   const int64_t n = stats.size(1);
   expect(op, "logprob", logprob, {DType::Float32}, {n}, Layout::Contiguous, &stats);
   expect(op, "lse", lse, {DType::Float32}, {n}, Layout::Contiguous, &stats);
@@ -76,10 +75,11 @@ void linear_logprob_finish(Tensor stats, Tensor logprob, Tensor lse, Tensor entr
   if (stats.device == Device::CUDA) return cuda::linear_logprob_finish(stats, logprob, lse, entropy);
   const float* s = stats.ptr<float>();
   for (int64_t i = 0; i < n; ++i) {
-    const float log_sum = std::log(s[kSum * n + i]);
-    lse.ptr<float>()[i] = s[kMax * n + i] + log_sum;
-    logprob.ptr<float>()[i] = clamp_logprob((s[kTarget * n + i] - s[kMax * n + i]) - log_sum);
-    if (entropy.defined()) entropy.ptr<float>()[i] = log_sum - s[kWeighted * n + i] / s[kSum * n + i];
+    const RowStats row{s[kMax * n + i], s[kAtMax * n + i], s[kRest * n + i], s[kWeighted * n + i]};
+    const RowResult result = finish_row(row, s[kTarget * n + i]);
+    logprob.ptr<float>()[i] = result.logprob;
+    lse.ptr<float>()[i] = result.lse;
+    if (entropy.defined()) entropy.ptr<float>()[i] = result.entropy;
   }
 }
 

@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ops/token_logprob_simd.h"
 
-#include <cmath>
-#include <limits>
-
 #include "core/check.h"
 #include "core/parallel.h"
 #include "cuda/ops.h"
@@ -35,18 +32,15 @@ void token_logprob(Tensor logits, Tensor target, float temperature, float softca
   parallel_for(n, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t t = target.ptr<int64_t>()[i];
-      float row_logprob = 0, row_lse = 0, row_entropy = 0;
+      RowResult row{0, 0, 0};
       if (t != ignore_index) {
-        RowStats s{-std::numeric_limits<float>::infinity(), 0, 0};
+        RowStats s;
         kernels.accumulate(logits.dtype, logits.row(i), nullptr, v, transform, entropy.defined(), &s);
-        const float log_sum = std::log(s.sum), z = kernels.transform(logits.dtype, logits.row(i), nullptr, t, transform);
-        row_lse = s.max + log_sum;
-        row_logprob = clamp_logprob((z - s.max) - log_sum);  // not z - lse, which loses bits when p is near 1
-        row_entropy = log_sum - s.weighted / s.sum;
+        row = finish_row(s, kernels.transform(logits.dtype, logits.row(i), nullptr, t, transform));
       }
-      logprob.ptr<float>()[i] = row_logprob;
-      lse.ptr<float>()[i] = row_lse;
-      if (entropy.defined()) entropy.ptr<float>()[i] = row_entropy;
+      logprob.ptr<float>()[i] = row.logprob;
+      lse.ptr<float>()[i] = row.lse;
+      if (entropy.defined()) entropy.ptr<float>()[i] = row.entropy;
     }
   });
 }

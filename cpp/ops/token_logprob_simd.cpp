@@ -64,32 +64,36 @@ void accumulate_row(const Row<T>& row, int64_t v, RowStats* stats) {
     if (block_max == -kInfinity) continue;  // every logit so far in this block is -inf: nothing to add
     const float m = s.max > block_max ? s.max : block_max;
     const F32 shift = broadcast(m);
-    F32 sum0 = broadcast(0.0f), sum1 = sum0, weighted = sum0;
+    F32 rest0 = broadcast(0.0f), rest1 = rest0, ones = rest0, weighted = rest0;
     for (j = 0; j + 2 * w <= padded; j += 2 * w) {
       const F32 a = load(z_block + j) - shift, b = load(z_block + j + w) - shift;
-      const F32 ea = exp(a), eb = exp(b);
-      sum0 = sum0 + ea;
-      sum1 = sum1 + eb;
+      const F32 ea = exp(a), eb = exp(b), at_a = one_where_zero(a), at_b = one_where_zero(b);
+      ones = ones + (at_a + at_b);
+      rest0 = rest0 + (ea - at_a);  // exp(0) is exactly 1
+      rest1 = rest1 + (eb - at_b);
       if constexpr (Entropy) {
         weighted = fma(ea, max(broadcast(kExpUnderflow), a), weighted);
         weighted = fma(eb, max(broadcast(kExpUnderflow), b), weighted);
       }
     }
     for (; j < padded; j += w) {
-      const F32 a = load(z_block + j) - shift, ea = exp(a);
-      sum0 = sum0 + ea;
+      const F32 a = load(z_block + j) - shift, ea = exp(a), at_a = one_where_zero(a);
+      ones = ones + at_a;
+      rest0 = rest0 + (ea - at_a);
       if constexpr (Entropy) weighted = fma(ea, max(broadcast(kExpUnderflow), a), weighted);
     }
-    float rescale = 0.0f, carried = 0.0f;
-    if (s.sum != 0.0f) {
-      float lanes[w];
-      store(lanes, exp(broadcast(s.max - m)));
-      rescale = lanes[0];
-      carried = rescale * (s.weighted + s.sum * (s.max - m));
+    if (s.at_max != 0.0f && s.max != m) {  // the maximum rose: what was at it joins the rest
+      float rescale[w];
+      store(rescale, exp(broadcast(s.max - m)));
+      const float all = s.at_max + s.rest;
+      s.weighted = rescale[0] * (s.weighted + all * (s.max - m));
+      s.rest = rescale[0] * all;
+      s.at_max = 0.0f;
     }
     s.max = m;
-    s.sum = s.sum * rescale + fastpost::FP_ISA::sum(sum0 + sum1);
-    if constexpr (Entropy) s.weighted = carried + fastpost::FP_ISA::sum(weighted);
+    s.at_max += sum(ones);
+    s.rest += sum(rest0 + rest1);
+    if constexpr (Entropy) s.weighted += sum(weighted);
   }
   *stats = s;
 }

@@ -14,15 +14,28 @@ struct LogitTransform {
   float softcap = 0;
 };
 
-// What has been seen of a row: m = max z, Σ e^(z-m) and, for the entropy, Σ e^(z-m)·(z-m).
+// What has been seen of a row. Logits at the maximum count 1 each and are kept apart from the sum over the others: when
+// one logit towers above the rest (p -> 1), log p = -log1p(rest) would drown in 1 + rest.
 struct RowStats {
-  float max;
-  float sum;
-  float weighted;
+  float max = -__builtin_inff();
+  float at_max = 0;    // how many logits equal max
+  float rest = 0;      // Σ e^(z - max) over the others
+  float weighted = 0;  // Σ e^(z - max)·(z - max), for the entropy
 };
 
+// lse = max + log_sum. The log-prob of a target is (z - max) - log_sum, which keeps bits that z - lse would lose; it
+// cannot be above 0. NaN stays NaN.
+struct RowResult {
+  float logprob, lse, entropy;
+};
+inline RowResult finish_row(const RowStats& s, float z_target) {
+  const float log_sum = __builtin_logf(s.at_max) + __builtin_log1pf(s.rest / s.at_max);
+  const float logprob = (z_target - s.max) - log_sum;
+  return {logprob > 0 ? 0 : logprob, s.max + log_sum, log_sum - s.weighted / (s.at_max + s.rest)};
+}
+
 struct LogprobRowKernels {
-  // Folds v more logits into *stats. Start from {-inf, 0, 0}. bias may be null.
+  // Folds v more logits into *stats. bias may be null.
   void (*accumulate)(DType dtype, const void* logits, const void* bias, int64_t v, const LogitTransform& t,
                      bool with_entropy, RowStats* stats);
   // z of one logit.
@@ -33,9 +46,6 @@ struct LogprobRowKernels {
   void (*gradient)(DType dtype, const void* logits, const void* bias, int64_t v, const LogitTransform& t,
                    int64_t target, float logprob, float lse, float entropy, float g, float h, void* out);
 };
-
-// Rounding can put a log-prob of nearly 1 just above 0; NaN stays.
-inline float clamp_logprob(float x) { return x > 0 ? 0 : x; }
 
 FP_DECLARE_SIMD(LogprobRowKernels, logprob_row_kernels)
 

@@ -81,7 +81,7 @@ def linear_logprob(
 
 @dataclass(frozen=True)
 class Plan:
-    """How N rows and V columns are cut. A pure function of shapes and budget: forward and backward agree on it."""
+    """How N rows and V columns are cut: a pure function of shapes and budget."""
 
     rows: int  # rows of a tile
     cols: int  # vocabulary slice of a tile
@@ -90,22 +90,23 @@ class Plan:
 
 
 def plan(n: int, v: int, d: int, itemsize: int, budget: int) -> Plan:
-    """A quarter of the budget for the tile, then accumulators, then kept logits from what is left (half at most)."""
-    tile = budget // 4 // itemsize  # elements
-    most_cols = max(64, budget // 4 // (4 * d))  # a slice's float32 weight gradient fits a quarter as well
-    cols = min(v, most_cols, max(4096, tile // max(n, 1)))
-    cols = min(cols, max(64, tile // 64))
+    """An eighth of the budget for the tile, an eighth for a gathered row block, then float32 sums; kept logits get what
+    is left, at most half."""
+    part = budget // 8
+    tile = part // itemsize  # elements
+    most = max(64, part // (4 * d))  # rows of float32 [·, D] that fit a part
+    cols = min(v, most, max(4096, tile // max(n, 1)), max(64, tile // 64))
     cols = -(-v // -(-v // cols)) if v else 1  # slices of nearly equal width
-    rows = max(1, min(n, tile // cols, most_cols))
+    rows = max(1, min(n, tile // cols, part // (itemsize * d)))
     slices, blocks = -(-v // cols), -(-n // rows)
-    # float32 sums across tiles; one GEMM over everything needs none.
+    # Sums across tiles; one GEMM over everything needs none.
     by_cols = (n * d * 4 if slices > 1 else 0) + (cols * d * 4 if blocks > 1 else 0)
     by_rows = (v * d * 4 if blocks > 1 else 0) + (rows * d * 4 if slices > 1 else 0)
-    accumulator, sweep = min((by_cols, "cols"), (by_rows, "rows"))
-    if accumulator > budget // 2:
-        accumulator, sweep = budget // 4, "twice"
-    kept = min(n, min(budget // 2, budget * 3 // 4 - accumulator) // max(1, v * itemsize))
-    return Plan(rows, cols, kept if kept * 16 >= n else 0, sweep)
+    sums, sweep = min((by_cols, "cols"), (by_rows, "rows"))
+    if sums > 6 * part:
+        sums, sweep, rows = part, "twice", min(rows, most)
+    kept = min(n, min(4 * part, 6 * part - sums) // max(1, v * itemsize))
+    return Plan(rows, cols, kept if kept * 16 >= n else 0, sweep)  # a sixteenth kept is not worth its memory
 
 
 def _compute_dtype(t: torch.Tensor) -> torch.dtype:
@@ -133,22 +134,20 @@ def _take(t: torch.Tensor, rows: torch.Tensor | None, begin: int, end: int) -> t
 def _forward(hidden, weight, target, bias, temperature, softcap, ignore_index, with_entropy, memory_budget, keep):
     _core.linear_logprob_check(hidden, weight, bias, target, temperature, softcap, ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
-        outputs = _forward_fake(hidden, weight, target, bias, temperature, softcap, ignore_index, with_entropy,
-                                memory_budget, keep)
-        logprob, lse, entropy, kept = outputs
+        outputs = _row_outputs(hidden, with_entropy)
         rows = _scored_rows(target != ignore_index)
         n, v, d = len(target) if rows is None else len(rows), weight.shape[0], weight.shape[1]
         dtype = _compute_dtype(hidden)
         bias = None if bias is None else bias.to(dtype)
         p = plan(n, v, d, dtype.itemsize, memory_budget)
         kept_rows = p.kept if keep else 0
-        kept = kept[: kept_rows * v].view(kept_rows, v)
+        kept = torch.empty(kept_rows, v, dtype=dtype, device=hidden.device)
         tile = torch.empty(p.rows * p.cols if kept_rows < n else 0, dtype=dtype, device=hidden.device)
-        row_outputs = [logprob, lse, entropy] if rows is None else [t.new_empty(min(len(t), n)) for t in outputs[:3]]
+        row_outputs = outputs if rows is None else [t.new_empty(min(len(t), n)) for t in outputs]
         for begin, end in [*_spans(kept_rows, p.rows), *((b + kept_rows, e + kept_rows) for b, e in
                                                           _spans(n - kept_rows, p.rows))]:
             x, y = _take(hidden, rows, begin, end).to(dtype), _take(target, rows, begin, end)
-            stats = torch.zeros(4, end - begin, dtype=torch.float32, device=hidden.device)
+            stats = torch.zeros(5, end - begin, dtype=torch.float32, device=hidden.device)
             stats[0] = -torch.inf
             for v0, v1 in _spans(v, p.cols):
                 if end <= kept_rows:
@@ -161,21 +160,23 @@ def _forward(hidden, weight, target, bias, temperature, softcap, ignore_index, w
             slices = [t[begin:end] for t in row_outputs]
             _core.linear_logprob_finish(stats, slices[0], slices[1], slices[2] if with_entropy else None)
         if rows is not None:
-            for out, of_rows in zip(outputs[:3], row_outputs):
+            for out, of_rows in zip(outputs, row_outputs):
                 if len(out):
                     out.zero_().index_copy_(0, rows, of_rows)
-    return outputs
+    return *outputs, kept
+
+
+def _row_outputs(hidden, with_entropy):
+    """logprob, lse, entropy (empty when not asked for)."""
+    n = hidden.shape[0]
+    return [torch.empty(k, dtype=torch.float32, device=hidden.device) for k in (n, n, n if with_entropy else 0)]
 
 
 def _forward_fake(hidden, weight, target, bias, temperature, softcap, ignore_index, with_entropy, memory_budget, keep):
-    def empty(n, dtype=torch.float32):
-        return torch.empty(n, dtype=dtype, device=hidden.device)
-
-    n, v, dtype = hidden.shape[0], weight.shape[0], _compute_dtype(hidden)
-    # How many rows are scored is known only at run time: make room for as many as the budget could ever keep. Pages
-    # that are not written cost no memory on CPU.
-    kept = min(n, memory_budget // 2 // (v * dtype.itemsize)) * v if keep else 0
-    return empty(n), empty(n), empty(n if with_entropy else 0), empty(kept, dtype)
+    # How many rows are scored, and so kept, is known only at run time.
+    kept_rows = torch.library.get_ctx().new_dynamic_size() if keep else 0
+    kept = hidden.new_empty(kept_rows, weight.shape[0], dtype=_compute_dtype(hidden))
+    return *_row_outputs(hidden, with_entropy), kept
 
 
 # ---- backward ----------------------------------------------------------------------------------------------------------
@@ -208,8 +209,7 @@ class _Backward:
         n_scored = int(scored.sum())
         self.n = len(target) if self.rows is None else len(self.rows)
         v, d = weight.shape
-        kept_rows = plan(n_scored, v, d, self.dtype.itemsize, memory_budget).kept if len(kept) else 0
-        self.kept = kept[: kept_rows * v].view(kept_rows, v)
+        self.kept, kept_rows = kept, len(kept)
         # Where in the forward's order each active row stood; None when it is the identity.
         self.place = None if self.n == n_scored else scored.cumsum(0)[self.rows] - 1
         self.n_kept = min(self.n, kept_rows) if self.place is None else int((self.place < kept_rows).sum())

@@ -70,5 +70,7 @@ def cases() -> list[Case]:
              options={"temperature": 1.3, "softcap": 20.0, "return_entropy": True}),
         Case("slices", 64, 32, 9000, bias=True, options=small),  # few rows: the vocabulary is cut
         Case("blocks", 3000, 8, 300, bias=True, ignored=0.2, options=small),  # many rows: the rows are cut
-        Case("grid", 1200, 64, 5000, scale=2, ignored=0.2, options=small | {"return_entropy": True}),  # both, twice
+        Case("cols", 1200, 16, 5000, ignored=0.2, options=small),  # both are, and the three ways to sum gradients
+        Case("rows", 2500, 16, 1200, ignored=0.2, bias=True, options=small),
+        Case("twice", 2100, 128, 1700, scale=2, ignored=0.2, options=small | {"return_entropy": True}),
     ]  # fmt: skip
