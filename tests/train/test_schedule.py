@@ -4,7 +4,6 @@
 import math
 
 import pytest
-
 from fastpost.train.schedule import factor, warmup_steps
 
 

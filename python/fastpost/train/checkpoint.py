@@ -3,8 +3,9 @@
 
     run/checkpoints/step-000010/{model,optimizer}.safetensors, state.json
 
-A checkpoint is written under a temporary name, synced to the disk and renamed; only then are older ones deleted. A crash, a kill or a
-full disk at any moment leaves the previous checkpoint as it was. safetensors and JSON only: loading one runs no code.
+A checkpoint is written under a temporary name, synced to the disk and renamed; only then are older ones deleted. A
+crash, a kill or a full disk at any moment leaves the previous checkpoint as it was. safetensors and JSON only:
+loading one runs no code.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ class CheckpointError(OSError):
 
 
 def save(folder: Path, step: int, model: torch.nn.Module, optimizer, *, keep: int = 2) -> Path:
-    """Write checkpoint `step` (the number of finished optimizer steps) into `folder`, keep the newest `keep`. Returns its path.
+    """Write checkpoint `step` (the number of finished optimizer steps) into `folder`, keep the newest `keep`. Returns
+    its path.
 
-    Raises CheckpointError when the disk is full or fails; the previous checkpoint is untouched then and nothing is left behind.
+    Raises CheckpointError when the disk is full or fails; the previous checkpoint is untouched then and nothing is
+    left behind.
     """
     folder.mkdir(parents=True, exist_ok=True)
     clean(folder)
@@ -39,7 +42,9 @@ def save(folder: Path, step: int, model: torch.nn.Module, optimizer, *, keep: in
         draft.mkdir()
         _write_tensors(draft / "model.safetensors", dict(_model_tensors(model)))
         _write_tensors(draft / "optimizer.safetensors", dict(optimizer.tensors()) | _random_tensors())
-        write_text(draft / "state.json", json.dumps({"format": FORMAT, "step": step, "python_random": random.getstate()}))
+        write_text(
+            draft / "state.json", json.dumps({"format": FORMAT, "step": step, "python_random": random.getstate()})
+        )
         _sync(draft)
         if final.exists():
             _remove(final)
@@ -58,6 +63,17 @@ def save(folder: Path, step: int, model: torch.nn.Module, optimizer, *, keep: in
     for old in checkpoints(folder)[:-keep]:
         _remove(old)
     return final
+
+
+def space_warning(folder: Path, model: torch.nn.Module, optimizer) -> str | None:
+    """One line if the disk of `folder` cannot hold one checkpoint: better said before the first hour than after it."""
+    size = sum(t.nbytes for _, t in [*_model_tensors(model), *optimizer.tensors()])
+    free = shutil.disk_usage(folder).free
+    if free >= 1.05 * size:
+        return None
+    return (
+        f"WARNING: a checkpoint takes {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free at {folder}: saving will fail"
+    )
 
 
 def load(path: Path, model: torch.nn.Module, optimizer) -> int:
@@ -96,7 +112,7 @@ def latest(folder: Path) -> Path | None:
 def clean(folder: Path) -> None:
     """Remove what an interrupted save or deletion left behind."""
     for leftover in folder.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -115,7 +131,8 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def _model_tensors(model: torch.nn.Module):
-    """What training can change: trainable parameters (shared ones once) and persistent buffers. The rest is in the start model."""
+    """What training can change: trainable parameters (shared ones once) and persistent buffers. The rest is in the
+    start model."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, p in model.named_parameters():
         if p.requires_grad:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gradients of one optimizer step, and no copy of them that is not needed.
 
-One micro-batch: they are the `.grad` that autograd left. Several: each parameter's gradient is added to a float32 sum the moment
-autograd has it and freed at once, so besides the sums only one gradient at a time is alive.
+One micro-batch: they are the `.grad` that autograd left. Several: each parameter's gradient is added to a float32 sum
+the moment autograd has it and freed at once, so besides the sums only one gradient at a time is alive.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from collections.abc import Iterable
 
 import torch
 
-CPU_PIECE = 1 << 18  # 1 MiB of float32: elementwise chains over a piece stay in the core's cache (4 x faster than whole tensors)
+CPU_PIECE = (
+    1 << 18
+)  # 1 MiB of float32: elementwise chains over a piece stay in the core's cache (4 x faster than whole tensors)
 CUDA_PIECE = 1 << 26
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run reports: sums and counts while it computes, TRL's metric names when it writes.
 
-    run/metrics.jsonl   one object per step, only values that the same run would produce again (no clocks)
-    run/timing.jsonl    one object per step: ms, tokens per second, model FLOPs utilisation, memory, share of time waiting for data
-    console             one line per step
+run/metrics.jsonl   one object per step, only values that the same run would produce again (no clocks)
+run/timing.jsonl    one object per step: ms, tokens per second, model FLOPs utilisation, memory, share of time
+                    waiting for data
+console             one line per step
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from .checkpoint import replace_text
 
 
 class Sums:
-    """Named (sum, count) pairs. Means are taken once, at the end, so micro-batches of unequal size weigh what they should."""
+    """Named (sum, count) pairs. Means are taken once, at the end, so micro-batches of unequal size weigh what they
+    should."""
 
     def __init__(self):
         self._sums: dict[str, list[torch.Tensor]] = {}
@@ -43,8 +45,8 @@ class Sums:
 def add_output(sums: Sums, objective, batch, output, count: float) -> None:
     """Add a PreferenceOutput's numbers under TRL's names. `count` is what the loss of this micro-batch is divided by.
 
-    rewards/*: implicit rewards as the objective defines them; logps/*: summed log-probs per sequence; pairs: chosen = 2i, rejected = 2i+1.
-    Unpaired rows with a reward: above 0 is chosen.
+    rewards/*: implicit rewards as the objective defines them; logps/*: summed log-probs per sequence; pairs: chosen =
+    2i, rejected = 2i+1. Unpaired rows with a reward: above 0 is chosen.
     """
     sums.add("loss", output.losses, count)
     rewards, logprob = output.rewards.detach(), output.logprob.detach()
@@ -53,7 +55,7 @@ def add_output(sums: Sums, objective, batch, output, count: float) -> None:
         sums.add("rewards/chosen", chosen)
         sums.add("rewards/rejected", rejected)
         sums.add("rewards/margins", chosen - rejected)
-        sums.add("rewards/accuracies", (chosen > rejected).float())
+        sums.add("rewards/accuracies", ((chosen > rejected).float() + (chosen >= rejected).float()) / 2)
         sums.add("logps/chosen", logprob[0::2])
         sums.add("logps/rejected", logprob[1::2])
     elif batch.reward is not None:
@@ -70,12 +72,13 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, *, finished: int, total: int, every: int = 1, stream=None):
-        self.total, self.every, self.stream = total, every, stream or sys.stdout
+        self.total, self.every = total, every
+        self.stream = sys.stdout if stream is None else stream
         self._files = {}
         for name in ("metrics", "timing"):
             path = folder / f"{name}.jsonl"
             truncate(path, finished)
-            self._files[name] = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed in close()
+            self._files[name] = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed in __exit__
         self._begin, self._first, self._redrawn = time.perf_counter(), finished, False
 
     def step(self, step: int, values: dict, timing: dict) -> None:
@@ -99,7 +102,10 @@ class RunLog:
         for file in self._files.values():
             os.fsync(file.fileno())
 
-    def close(self) -> None:
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_) -> None:
         for file in self._files.values():
             file.close()
 
@@ -119,7 +125,9 @@ def read(path: Path) -> list[dict]:
     """The objects of a .jsonl file of a run; a last line torn by a kill is left out."""
     if not path.exists():
         return []
-    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines(keepends=True) if text.endswith("\n")]
+    return [
+        json.loads(text) for text in path.read_text(encoding="utf-8").splitlines(keepends=True) if text.endswith("\n")
+    ]
 
 
 def truncate(path: Path, finished: int) -> None:
@@ -133,7 +141,8 @@ def truncate(path: Path, finished: int) -> None:
 
 
 def line(step: int, total: int, values: dict, timing: dict, seconds_left: float) -> str:
-    """One step for people: `step  120/900 | loss 0.6412 | margin 0.211 | acc 0.63 | gnorm 4.12 | lr 9.1e-07 | 312 ms | …`"""
+    """One step for people: `step  120/900 | loss 0.6412 | margin 0.211 | acc 0.63 | gnorm 4.12 | lr 9.1e-07 | 312 ms
+    | …`"""
     parts = [f"step {step:{len(str(total)) + 1}d}/{total}", *_brief(values)]
     parts += [f"gnorm {values['grad_norm']:.2f}", f"lr {values['learning_rate']:.1e}", f"{timing['ms']:.0f} ms"]
     parts += [f"{timing['tps'] / 1000:.2f}k tok/s" if timing["tps"] >= 1000 else f"{timing['tps']:.0f} tok/s"]

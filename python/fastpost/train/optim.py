@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdamW whose weights survive small learning rates, in little memory.
 
-A bf16 weight keeps 8 bits: at lr 1e-6 an update of a weight near 0.1 is a thousandth of its last bit and rounds away. Three ways out:
+A bf16 weight keeps 8 bits: at lr 1e-6 an update of a weight near 0.1 is a thousandth of its last bit and rounds away.
+Three ways out:
 
-    bf16       the model computes in bf16; the float32 master weight is stored as that bf16 value plus an int16 remainder, the
-               difference of the two bit patterns. 4 bytes a weight hold both (a separate float32 copy would make it 6).
+    bf16       the model computes in bf16; the float32 master weight is stored as that bf16 value plus an int16
+               remainder, the difference of the two bit patterns. 4 bytes a weight hold both (a separate float32 copy
+               would make it 6).
     fp32       float32 weights, nothing to be clever about.
-    pure-bf16  weights and moments are bf16 alone, 6 bytes a weight in all. What the format cannot hold decides at random whether
-               to round up or down, in proportion, so the expected update is right (stochastic rounding).
+    pure-bf16  weights and moments are bf16 alone, 6 bytes a weight in all. What the format cannot hold decides at
+               random whether to round up or down, in proportion, so the expected update is right (stochastic
+               rounding).
 
-Bytes a weight besides the gradient: 12, 12, 6. The update is torch's fused AdamW on float32 pieces that fit the cache, one parameter
-after the other, each gradient freed as soon as it is used.
+Bytes a weight besides the gradient: 12, 12, 6. The update is torch's fused AdamW on float32 pieces that fit the
+cache, one parameter after the other, each gradient freed as soon as it is used.
 """
 
 from __future__ import annotations
@@ -41,9 +44,9 @@ class _Slot:
 class AdamW:
     """AdamW over the trainable parameters of `model`, whose weights it converts in place to the compute dtype.
 
-    Give it the model with the precision of its files: float32 weights become bf16 plus remainder one parameter at a time, so a second
-    copy of the model never exists. Weights shared by two modules (tied embeddings) are one parameter. Parameters with fewer than two
-    dimensions (norms, biases) get no weight decay.
+    Give it the model with the precision of its files: float32 weights become bf16 plus remainder one parameter at a
+    time, so a second copy of the model never exists. Weights shared by two modules (tied embeddings) are one
+    parameter. Parameters with fewer than two dimensions (norms, biases) get no weight decay.
     """
 
     def __init__(
@@ -76,9 +79,14 @@ class AdamW:
     def parameters(self) -> list[torch.nn.Parameter]:
         return [s.parameter for s in self._slots]
 
+    @property
+    def device(self) -> torch.device:
+        return self._slots[0].parameter.device
+
     @torch.no_grad()
     def step(self, gradients: Gradients, *, step: int, lr: float, scale: float = 1.0) -> None:
-        """Update number `step` (from 0) with `scale` times the gradients, which are consumed. The result depends on nothing else."""
+        """Update number `step` (from 0) with `scale` times the gradients, which are consumed. The result depends on
+        nothing else."""
         for index, slot in enumerate(self._slots):
             gradient = gradients.take(slot.parameter)
             if gradient is None:
@@ -96,7 +104,8 @@ class AdamW:
                 elif random is not None:
                     bits = torch.empty(wide.shape, dtype=torch.int32, device=wide.device).random_(generator=random)
                     weight.copy_(stochastic_round(wide, bits & 0xFFFF))
-                    # The step of v, a thousandth, is below half a bf16 ulp too; that of m, a tenth, is not. random_ makes 31 bits.
+                    # The step of v, a thousandth, is below half a bf16 ulp too; that of m, a tenth, is not. random_
+                    # makes 31 bits.
                     v.copy_(stochastic_round(wide_v, bits >> 15))
                     m.copy_(wide_m)
 
@@ -122,7 +131,8 @@ class AdamW:
 
     @torch.no_grad()
     def widen(self) -> None:
-        """Give the model its float32 master weights back, for saving in full precision. Ends training: the state is dropped."""
+        """Give the model its float32 master weights back, for saving in full precision. Ends training: the state is
+        dropped."""
         for s in self._slots:
             s.exp_avg = s.exp_avg_sq = None
             if s.remainder is not None:
@@ -139,7 +149,8 @@ def join(weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
 
 
 def split(wide: torch.Tensor, weight: torch.Tensor, remainder: torch.Tensor) -> None:
-    """Write the float32 `wide` into `weight` (bf16, to nearest) and `remainder` (int16). `join` gives it back to the bit.
+    """Write the float32 `wide` into `weight` (bf16, to nearest) and `remainder` (int16). `join` gives it back to the
+    bit.
 
     Half-way cases round away from zero, not to even: only so does the remainder, in [-2^15, 2^15), fit 16 bits.
     """
@@ -152,7 +163,8 @@ def split(wide: torch.Tensor, weight: torch.Tensor, remainder: torch.Tensor) -> 
 def stochastic_round(wide: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
     """float32 -> float32 values that bf16 holds exactly, rounded away from zero with probability the fraction cut off.
 
-    `bits`: int32, uniform in [0, 2^16). Adding them to the bit pattern carries into the kept half with just that probability.
+    `bits`: int32, uniform in [0, 2^16). Adding them to the bit pattern carries into the kept half with just that
+    probability.
     """
     return (wide.view(torch.int32) + bits).bitwise_and_(-65536).view(torch.float32)
 

@@ -16,7 +16,8 @@ PANELS = (
 
 
 def draw(runs: list[Path], out: Path) -> Path:
-    """Draw loss, margin, accuracy and learning rate of `runs` (folders with metrics.jsonl) into `out` (.png, .svg, .pdf).
+    """Draw loss, margin, accuracy and learning rate of `runs` (folders with metrics.jsonl) into `out` (.png, .svg,
+    .pdf).
 
     Raises ValueError for a folder without metrics.
     """
@@ -39,7 +40,9 @@ def draw(runs: list[Path], out: Path) -> Path:
             axes.plot(steps, smooth, color=color, linewidth=1.6, label=run.name or str(run))
             held_out = _points(rows, f"eval_{key}")
             if held_out[0]:
-                axes.plot(*held_out, color=color, linestyle="--", marker="o", markersize=4, label=f"{run.name}, held out")
+                axes.plot(
+                    *held_out, color=color, linestyle="--", marker="o", markersize=4, label=f"{run.name}, held out"
+                )
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.25)
     figure.axes[0].legend(fontsize=8)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learning-rate schedules as pure functions of the step: nothing to save, so a resume cannot get them wrong.
 
-Steps count from 0. The warm-up is (step + 1) / warmup, so the first step already moves (transformers' schedules waste step 0 on a
-rate of zero); `step == warmup` is the peak, and the shape reaches `floor` at `step == total`, one past the last step.
+Steps count from 0. The warm-up is (step + 1) / warmup, so the first step already moves (transformers' schedules waste
+step 0 on a rate of zero); `step == warmup` is the peak, and the shape reaches `floor` at `step == total`, one past
+the last step.
 """
 
 from __future__ import annotations

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastpost export RUN OUT`: write a run's model, or one of its checkpoints, as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="fastpost export",
+        description="Write a run as a Hugging Face folder, with the files and tensor names of the model it began with.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist or be empty")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="checkpoint to take (default: the final model, else the newest)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp32", "fp16"), help="precision to write (default: as the start model)"
+    )
+    args = parser.parse_args(argv)
+
+    from fastpost.train.export import export
+
+    print(export(args.run, args.out, step=args.step, dtype=args.dtype))
+    return 0

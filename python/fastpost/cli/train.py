@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastpost train RECIPE [--group.key VALUE ...]`: train a model as a recipe says."""
+
+from __future__ import annotations
+
+import os
+
+USAGE = """usage: fastpost train RECIPE [--group.key VALUE ...]
+
+Trains and writes the run folder (train.output_dir, default runs/NAME-OF-RECIPE): config.yaml, metrics.jsonl,
+timing.jsonl, loss.png, checkpoints/ and model/, a Hugging Face folder. The same command resumes an interrupted run.
+Options:
+"""
+
+
+def main(argv: list[str]) -> int:
+    from fastpost.train.config import field_names, load_config
+
+    if not argv or argv[0] in ("-h", "--help"):
+        print(
+            USAGE
+            + "\n".join(f"  --{name}" for name in field_names())
+            + "\n  --objective.FIELD of the objective, e.g. beta"
+        )
+        return 0
+    cfg = load_config(argv[0], argv[1:])
+
+    from fastpost.cli import fail
+    from fastpost.train.loop import train
+    from fastpost.train.step import NotFinite
+
+    try:
+        train(cfg)
+    except (NotFinite, OSError) as error:  # a disk that is full or fails is nobody's bug
+        if os.environ.get("FASTPOST_TRACEBACK"):
+            raise
+        return fail(str(error), 1)
+    return 0

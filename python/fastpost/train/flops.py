@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model FLOPs of a step, and how many a second the device could do: their ratio is the utilisation (MFU)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from fastpost.data.collate import Batch
+
+PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "A10G": 125e12}
+"""Dense bf16 FLOP/s by the vendor's data sheet, without sparsity."""
+
+
+def step_flops(model: torch.nn.Module, batches: Sequence[Batch]) -> float:
+    """Forward and backward: 6 per matrix weight and token, 6 * layers * width of the heads * length^2 per causal
+    sequence.
+
+    An embedding that is not also the output matrix is a look-up and counts nothing; recomputation counts nothing.
+    """
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
+        weights -= model.get_input_embeddings().weight.numel()
+    tokens = sum(b.tokens for b in batches)
+    squares = sum(int(b.cu_seqlens.diff().long().square().sum()) for b in batches)
+    return 6.0 * weights * tokens + 6.0 * config.num_hidden_layers * width * squares
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s: the data sheet's for a known GPU (None for another), a measured plain matrix product on a CPU (0.1 s)."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((peak for key, peak in PEAK.items() if key in name), None)
+    a, b = (torch.ones(512, 1024, dtype=dtype) for _ in range(2))
+    best, stop = float("inf"), time.perf_counter() + 0.1
+    while time.perf_counter() < stop:
+        begin = time.perf_counter()
+        a @ b.T
+        best = min(best, time.perf_counter() - begin)
+    return 2.0 * 512 * 512 * 1024 / best

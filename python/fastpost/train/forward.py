@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model + objective on one packed batch. Training, evaluation and the reference pass all go through here, by the same
+kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+import fastpost
+from fastpost.data.collate import IGNORE, Batch
+from fastpost.hf import folder
+from fastpost.hf.model import backbone, head
+
+from .config import Config
+from .optim import COMPUTE_DTYPE
+
+
+def forward(model: torch.nn.Module, batch: Batch, objective):
+    """The objective's PreferenceOutput on `batch`: losses [P or S], logprob [S], rewards [S], length [S], all
+    float32."""
+    h = head(model)
+    return fastpost.preference_loss(
+        backbone(model, batch),
+        h.weight,
+        batch.target,
+        batch.cu_seqlens,
+        objective,
+        reference_logprob=batch.reference_logprob,
+        previous_logprob=batch.previous_logprob,
+        reward=batch.reward,
+        bias=h.bias,
+        temperature=h.temperature,
+        softcap=h.softcap,
+    )
+
+
+def lengths(batch: Batch) -> torch.Tensor:
+    """Scored tokens of each sequence, int64 [S]; known before any forward."""
+    scored = (batch.target != IGNORE).cumsum(0)
+    ends = torch.cat([scored.new_zeros(1), scored])[batch.cu_seqlens.long()]
+    return ends.diff()
+
+
+def load_policy(cfg: Config, device: torch.device) -> torch.nn.Module:
+    """The model to train, in the precision its optimizer should start from: float32 if the files hold more than bf16
+    does."""
+    compute = COMPUTE_DTYPE[cfg.optim.precision]
+    keep = cfg.optim.precision == "bf16" and wider_than_bf16(Path(cfg.model.path))
+    model = folder.load_model(cfg.model.path, torch.float32 if keep else compute, cfg.model.attention)
+    if cfg.train.gradient_checkpointing:
+        options = {"use_reentrant": False}
+        if hasattr(model, "activation_checkpointing_enable"):  # its new name in transformers
+            model.activation_checkpointing_enable(options)
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    return model.to(device)
+
+
+def wider_than_bf16(path: Path) -> bool:
+    """Whether a model folder stores weights in a format with more mantissa than bf16 (float16, float32, float64)."""
+    for file in folder.weight_files(path):
+        with safe_open(file, framework="pt") as stored:
+            if any(stored.get_slice(key).get_dtype() in ("F16", "F32", "F64") for key in list(stored.keys())):
+                return True
+    return False

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop. Everything a run does, top to bottom."""
+
+from __future__ import annotations
+
+import random
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from fastpost import objectives
+from fastpost.data.loader import Dataset, load_dataset
+from fastpost.hf import folder
+
+from . import checkpoint, plot, reference
+from .config import Config
+from .device import pick_device
+from .evaluate import evaluate
+from .flops import peak_flops, step_flops
+from .forward import load_policy, wider_than_bf16
+from .metrics import RunLog, peak_memory_gb
+from .optim import COMPUTE_DTYPE, AdamW
+from .plan import Plan
+from .run_folder import RunFolder
+from .step import train_step
+
+
+def train(cfg: Config) -> Path:
+    """Train as `cfg` says and return the run folder, whose model/ is a Hugging Face folder.
+
+    A run that was interrupted goes on from its newest checkpoint and gives, at one thread, the bits of an unbroken one.
+    Raises ValueError for a mistake in settings or data, NotFinite when a loss or gradient is not a number,
+    CheckpointError when the disk fails.
+    """
+    with RunFolder(cfg) as run:
+        if run.finished:
+            print(
+                f"{run.path} is finished: its model is {run.model}. For another run choose another --train.output_dir."
+            )
+        else:
+            _train(cfg, run)
+    return run.path
+
+
+def _train(cfg: Config, run: RunFolder) -> None:
+    device, compute = pick_device(cfg.train.device), COMPUTE_DTYPE[cfg.optim.precision]
+    if cfg.train.threads:
+        torch.set_num_threads(cfg.train.threads)
+    random.seed(cfg.train.seed)
+    torch.manual_seed(cfg.train.seed)
+
+    # What can be wrong with settings and data is found before any weight is read.
+    objective = objectives.from_name(cfg.objective.name, **cfg.objective.fields)
+    source = reference.source(cfg.model.reference, objective)
+    data = load_data(cfg, objective, source)
+    plan = Plan(cfg, data["train"])
+    parts = {"train": plan.first_epoch()}
+    if "eval" in data:
+        parts["eval"] = plan.cut(data["eval"], list(range(len(data["eval"]))))
+
+    model = load_policy(cfg, device)
+    optimizer = AdamW(
+        model,
+        precision=cfg.optim.precision,
+        betas=cfg.optim.betas,
+        eps=cfg.optim.eps,
+        weight_decay=cfg.optim.weight_decay,
+        seed=cfg.train.seed,
+    )
+    if source == "start":
+        reference.attach(data, parts, run.reference, lambda: model)
+    elif source not in ("none", "columns"):
+        frozen = partial(folder.load_model, source, compute, cfg.model.attention)
+        reference.attach(data, parts, run.reference, lambda: frozen().to(device))
+
+    newest = checkpoint.latest(run.checkpoints)
+    start = checkpoint.load(newest, model, optimizer) if newest else 0
+    seen = sum(map(plan.tokens, range(start)))
+    peak = peak_flops(device, compute)
+
+    with RunLog(run.path, finished=start, total=plan.steps, every=cfg.log.every) as log:
+
+        def held_out(step: int) -> None:
+            if "eval" in data:
+                log.evaluation(step, evaluate(model, objective, map(data["eval"].batch, parts["eval"])))
+
+        if newest:
+            log.say(f"resume from {newest}")
+        else:
+            if cfg.train.save_every and (warning := checkpoint.space_warning(run.path, model, optimizer)):
+                log.say(warning)
+            held_out(0)
+        model.train()
+
+        for step in range(start, plan.steps):
+            begin = time.perf_counter()
+            batches = [data["train"].batch(part) for part in plan.parts(step)]
+            ready = time.perf_counter()
+            values = train_step(
+                model, objective, optimizer, batches, step=step, lr=plan.lr(step), max_grad_norm=cfg.optim.max_grad_norm
+            )
+            seconds = time.perf_counter() - begin
+
+            tokens = sum(b.tokens for b in batches)
+            seen += tokens
+            values |= {"epoch": plan.epoch(step + 1), "num_tokens": seen}
+            timing = {
+                "ms": 1e3 * seconds,
+                "tps": tokens / seconds,
+                "mfu": step_flops(model, batches) / seconds / peak if peak else None,
+                "memory/peak_gb": peak_memory_gb(device),
+                "data_wait": (ready - begin) / seconds,
+            }
+            if step == 0:
+                log.say(initial_check(values["loss"], objective.initial_loss(), source, cfg.optim.precision))
+            log.step(step + 1, values, timing)
+
+            last = step + 1 == plan.steps
+            if last or _due(step + 1, cfg.train.eval_every):
+                held_out(step + 1)
+            if not last and _due(step + 1, cfg.train.save_every):
+                log.sync()
+                checkpoint.save(run.checkpoints, step + 1, model, optimizer, keep=cfg.train.keep_latest)
+
+    if wider_than_bf16(Path(cfg.model.path)):
+        optimizer.widen()
+    del optimizer
+    try:
+        folder.save_folder(model, cfg.model.path, run.model)
+    except (OSError, SafetensorError) as error:
+        begin = checkpoint.latest(run.checkpoints) or "the beginning (train.save_every is 0)"
+        raise checkpoint.CheckpointError(
+            f"[train] {run.model}: the final model could not be written: {error}. Free some space and start the same "
+            f"command again: it goes on from {begin}."
+        ) from error
+    if cfg.log.plot:
+        plot.draw([run.path], run.plot)
+    print(f"saved {run.path}/{{config.yaml,metrics.jsonl,{'loss.png,' if cfg.log.plot else ''}model/}}")
+
+
+def _due(finished: int, every: int) -> bool:
+    return every > 0 and finished % every == 0
+
+
+def load_data(cfg: Config, objective, source: str) -> dict[str, Dataset]:
+    """{"train": ..., "eval": ...} (eval when there is one), with one printed line on what was kept of each."""
+    tokenizer = folder.load_tokenizer(cfg.model.path)
+    paths = {"train": cfg.data.train} | ({"eval": cfg.data.eval} if cfg.data.eval else {})
+    data = {}
+    for name, path in paths.items():
+        data[name] = load_dataset(
+            cfg.data, tokenizer, objective, path=path, require=reference.columns(objective, source)
+        )
+        print(f"{name:5s}  {data[name].report.line()}", flush=True)
+    return data
+
+
+def initial_check(loss: float, expected: float | None, source: str, precision: str) -> str:
+    """Compare the loss before the first update with its closed form: a wrong reference, mask or sum shows here."""
+    text = f"check  reference = {source}, loss at step 0: {loss:.6f}"
+    if expected is None:
+        return f"{text} (no closed form)"
+    text += f" (expected {expected:.6f}, difference {loss - expected:+.1e})"
+    if source != "start":
+        return f"{text}   only meaningful if the reference is the starting model"
+    if abs(loss - expected) <= (1e-4 if precision == "fp32" else 2e-2) * max(1.0, abs(expected)):
+        return f"{text}   ok"
+    return f"{text}   WARNING: policy and reference disagree before the first update (dropout in the model?)"
