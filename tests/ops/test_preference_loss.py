@@ -277,6 +277,7 @@ BAD = {
         r"reference_logprob: expected float32 \[4\], got float32 \[2\]",
     ),
     "device": ({"reward": torch.zeros(4, device="meta")}, r"reward: expected a tensor on cpu, got one on meta"),
+    "kl": ({"objective": objectives.KTO(), "kl": torch.zeros(2)}, r"kl: expected a number or one element, got "),
     "empty sequence": (
         {"objective": objectives.SimPO(), "cu_seqlens": cu(0, 6, 6, 18, 22)},
         r"target: expected a scored token in every sequence, because simpo_sigmoid divides by their number, "

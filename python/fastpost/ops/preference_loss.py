@@ -101,8 +101,13 @@ def preference_loss_from_logprob(
         kind, params = objectives.SFT().core()
         _, _, sums, length, _, _ = _forward_op(logprob, target, cu_seqlens, ignore_index, kind, params, *[None] * 4)
         return reference.evaluate(objective, sums, length, **columns, kl=kl)
-    if kl is not None:
-        kl = torch.as_tensor(kl, dtype=logprob.dtype, device=logprob.device).detach().reshape(())
+    if isinstance(kl, torch.Tensor):
+        expect_plain("preference_loss", logprob=logprob, kl=kl)
+        if kl.numel() != 1:
+            raise ValueError(f"[preference_loss] kl: expected a number or one element, got shape {list(kl.shape)}.")
+        kl = kl.detach().to(logprob.dtype).reshape(())
+    elif kl is not None:
+        kl = logprob.new_full((), kl)
     kind, params = core
     loss, losses, sums, length, rewards, _ = _forward_op(
         logprob, target, cu_seqlens, ignore_index, kind, params, reference_logprob, previous_logprob, reward, kl
