@@ -13,6 +13,7 @@ _HOME = {  # public name -> module that defines it
     "token_logprob": "fastpost.ops.token_logprob",
     "linear_logprob": "fastpost.ops.linear_logprob",
     "preference_loss": "fastpost.ops.preference_loss",
+    "preference_loss_from_logprob": "fastpost.ops.preference_loss",
     "PreferenceOutput": "fastpost.ops.preference_loss",
 }
 _MODULES = ("objectives", "reference")
