@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+// Starting a kernel. Nothing here allocates or waits for the GPU.
+//
+// Only plain C++ and the CUDA runtime API are used (no <<<>>>), so that tests/cuda_on_host can compile the same files
+// with an API of its own and run every kernel on the CPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "core/tensor.h"
+
+// Shared memory whose size is given at launch. One per kernel.
+#ifndef FP_DYNAMIC_SHARED
+#define FP_DYNAMIC_SHARED(T, name) extern __shared__ __align__(16) T name[]
+#endif
+
+namespace fastpost::cuda {
+
+// Where an op runs: the stream of its first tensor, with that tensor's device made current for the scope.
+class Stream {
+ public:
+  Stream(const char* op, const Tensor& tensor) : op_(op), stream_(static_cast<cudaStream_t>(tensor.stream)) {
+    check(cudaGetDevice(&previous_));
+    if (previous_ != tensor.device_index) {
+      check(cudaSetDevice(tensor.device_index));
+      moved_ = true;
+    }
+  }
+  ~Stream() {
+    if (moved_) static_cast<void>(cudaSetDevice(previous_));
+  }
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+
+  cudaStream_t get() const { return stream_; }
+
+  void check(cudaError_t status) const {
+    if (status == cudaSuccess) return;
+    static_cast<void>(cudaGetLastError());  // or the next, innocent call would report it again
+    throw std::runtime_error("[" + std::string(op_) + "] CUDA: " + cudaGetErrorName(status) + ", " +
+                             cudaGetErrorString(status) +
+                             ". Run `fastpost env` to compare the GPU with what was built.");
+  }
+
+ private:
+  const char* op_;
+  cudaStream_t stream_;
+  int previous_ = 0;
+  bool moved_ = false;
+};
+
+// Starts kernel(args...) on `grid` blocks of `block` threads with `smem` bytes of dynamic shared memory.
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), int64_t grid, int block, size_t smem, const Stream& stream, Args... args) {
+  static_assert(sizeof...(Params) == sizeof...(Args));
+  if (grid == 0) return;
+  if (grid > INT32_MAX) stream.check(cudaErrorInvalidConfiguration);  // the hardware's limit
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(static_cast<unsigned>(block));
+  config.dynamicSmemBytes = smem;
+  config.stream = stream.get();
+  stream.check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
+}
+
+constexpr int64_t blocks_for(int64_t items, int per_block) {
+  return (items + per_block - 1) / per_block;
+}
+
+// A run-time option as a template argument: with_flag(x, [&](auto flag) { kernel<decltype(flag)::value> ... }).
+template <class F>
+void with_flag(bool value, F&& f) {
+  value ? f(std::true_type{}) : f(std::false_type{});
+}
+
+}  // namespace fastpost::cuda
