@@ -99,6 +99,9 @@ def folder(
 ) -> Path:
     """Write model and tokenizer as a Hugging Face folder; returns the path."""
     path = Path(path)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     made = model(kind, **model_options)
     made.save_pretrained(path)
     tokenizer(template, bos=bos).save_pretrained(path)

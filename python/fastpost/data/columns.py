@@ -146,7 +146,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, object]]:
     with open(path, "rb") as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
-                yield f"{path}:{number}", _parse(line, f"{path}:{number}")
+                yield f"{path}:{number}", _parse(line.rstrip(), f"{path}:{number}")
 
 
 def _json(path: Path) -> Iterator[tuple[str, object]]:

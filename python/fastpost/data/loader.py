@@ -85,10 +85,11 @@ class Dataset:
 
 def order(seed: int, epoch: int, n: int, shuffle: bool = True) -> list[int]:
     """The order of n examples in an epoch: a pure function, the same on every machine and Python version."""
-    indices = list(range(n))
-    if shuffle:
-        random.Random(f"{seed}/{epoch}").shuffle(indices)
-    return indices
+    if not shuffle:
+        return list(range(n))
+    draw = random.Random(f"{seed}/{epoch}")
+    keys = [draw.random() for _ in range(n)]  # random() is what Python promises to keep from version to version
+    return sorted(range(n), key=keys.__getitem__)
 
 
 def load_dataset(

@@ -60,15 +60,12 @@ def attention(
     With cu_seq_lens_q (int32 [S+1], B = 1) each sequence attends causally to itself, at most `sliding_window` tokens
     back. softcap: logits become softcap * tanh(logits / softcap). Raises ValueError for what it does not compute
     (attention sinks, bidirectional attention, a mask beside packing) instead of leaving it out."""
+    who = type(module).__name__
     for name in ("s_aux", "position_bias"):
         if kwargs.get(name) is not None:
-            raise ValueError(
-                f"[{NAME}] {name}: this model's attention needs it, and packed attention has no such term."
-            )
+            raise ValueError(f"[{NAME}] {name}: {who} needs this term, and packed attention does not have it.")
     if not (kwargs.get("is_causal", True) and getattr(module, "is_causal", True)):
-        raise ValueError(
-            f"[{NAME}] is_causal: {type(module).__name__} attends in both directions; only causal models are packed."
-        )
+        raise ValueError(f"[{NAME}] is_causal: {who} attends in both directions; only causal models are packed.")
     options = {"scale": scaling, "window": sliding_window, "softcap": softcap, "dropout": dropout}
     if cu_seq_lens_q is None:
         _refuse_unmarked_packing(kwargs.get("position_ids"), query, key)
@@ -109,7 +106,8 @@ def _dense(q, k, v, allowed, *, scale, window, softcap, dropout) -> torch.Tensor
     if grouped:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     logits = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    logits = (softcap * torch.tanh(logits / softcap)).float().masked_fill(~allowed, float("-inf"))
+    logits = (softcap * torch.tanh(logits / softcap)).float()
+    logits = logits.masked_fill(~allowed, torch.finfo(torch.float32).min)  # not -inf: a row of padding sees nothing
     return F.dropout(logits.softmax(-1).to(q.dtype), dropout) @ v
 
 

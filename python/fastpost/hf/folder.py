@@ -34,7 +34,8 @@ def load_model(
     missing or has another shape (transformers would draw it at random), or when the model's forward is not backbone +
     head (`verify`)."""
     path = _checked(path)
-    weight_files(path)
+    for file in weight_files(path):
+        _header(file)
     attention.register()
     name = attention.NAME if attention_name == "packed" else attention_name
     bar = hf_logging.is_progress_bar_enabled()
@@ -117,9 +118,16 @@ def _checked(path: str | Path) -> Path:
 
 
 def _header(file: Path) -> dict[str, dict]:
-    """{key: {"dtype", "shape"}} from a safetensors header."""
+    """{key: {"dtype", "shape"}} from a safetensors header; ValueError when the file has none (a renamed pickle)."""
+    size = file.stat().st_size
     with open(file, "rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            header = json.loads(stream.read(length)) if length < size else None
+        except ValueError:
+            header = None
+    if not isinstance(header, dict):
+        raise ValueError(f"{file} is not a safetensors file (or was cut short). Fetch it again.")
     header.pop("__metadata__", None)
     return header
 

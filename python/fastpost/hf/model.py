@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastpost.data.collate import Batch
+from fastpost.data.collate import Batch, Example, Sequence, collate
 from fastpost.hf import attention
 
 
@@ -70,35 +70,32 @@ def logits(hidden: torch.Tensor, h: Head) -> torch.Tensor:
 
 @torch.no_grad()
 def verify(model: torch.nn.Module) -> None:
-    """Compare backbone + head on two packed sequences with the model's own logits on each. Raises ValueError naming the
-    model."""
-    device, was_training = model.get_output_embeddings().weight.device, model.training
+    """Compare backbone + head on two packed sequences with the model's own logits on each.
+
+    Raises ValueError naming the model when they differ by more than rounding.
+    """
+    name, h, was_training = type(model).__name__, head(model), model.training
+    prompts = [[(7 * i + 3) % h.weight.shape[0] for i in at] for at in (range(1, 5), range(8, 11))]
+    batch = collate([Example(i, (Sequence(ids, bytes(len(ids))),)) for i, ids in enumerate(prompts)]).to(
+        h.weight.device
+    )
     model.eval()
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    first, second = ([(7 * i + 3) % vocabulary for i in range(start, start + n)] for start, n in ((1, 4), (8, 3)))
-    batch = Batch(
-        input_ids=torch.tensor([first + second]),
-        position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2]]),
-        cu_seqlens=torch.tensor([0, 4, 7], dtype=torch.int32),
-        target=torch.full((7,), -100),
-        reference_logprob=None,
-        previous_logprob=None,
-        reward=None,
-        rows=[0, 1],
-        longest=4,
-    ).to(device)
-    ours = logits(backbone(model, batch), head(model)).float()
-    own = torch.cat(
-        [model(torch.tensor([ids], device=device), use_cache=False).logits[0] for ids in (first, second)]
-    ).float()
+    try:
+        ours = logits(backbone(model, batch), h).float()
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"[hf] {name}: its backbone does not take packed rows ({error}), so it is refused.") from None
+    rows = [torch.tensor([ids], device=h.weight.device) for ids in prompts]
+    own = torch.cat([model(row, use_cache=False).logits[0] for row in rows]).float()
     model.train(was_training)
-    # Median over tokens: in a mixture of experts rounding may send a single token elsewhere, a wrong head or a leak
-    # hits all.
-    for rows, what in ((slice(0, 4), "its logits are not a linear map of the last hidden state"),
-                       (slice(4, 7), "a packed sequence sees the one before it")):  # fmt: skip
-        error = ((ours[rows] - own[rows]).norm(dim=1) / own[rows].norm(dim=1)).median().item()
-        if not error < (1e-3 if model.dtype == torch.float32 else 5e-2):
+    errors = (ours - own).norm(dim=1) / own.norm(dim=1)
+    limit = 1e-3 if model.dtype == torch.float32 else 5e-2
+    # Medians: in a mixture of experts rounding may send one token elsewhere, but a wrong head or a leak hits them all.
+    for error, what in (
+        (errors[:4].median().item(), "backbone and head do not give its own logits"),
+        (errors[4:].median().item(), "a packed sequence sees the one before it"),
+    ):
+        if not error < limit:
             raise ValueError(
-                f"[hf] {type(model).__name__}: {what} (relative difference {error:.1e}), so fastpost cannot train it "
-                f"as it is. Its attention is '{model.config._attn_implementation}'."
+                f"[hf] {name}: {what} (relative difference {error:.1e}), so fastpost cannot train it as it is. "
+                f"Its attention is '{model.config._attn_implementation}'."
             )

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import subprocess
+import sys
+import typing
+
+import pytest
+import tiny
+import yaml
+from fastpost.train.config import Config, dump, field_names, help_text, load_config
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text="", **groups):
+        path = tmp_path / "my.yaml"
+        if text:
+            path.write_text("model: {path: m}\ndata: {train: d}\n" + text)
+            return path
+        return tiny.recipe(path, **{"model": {"path": "m"}, "data": {"train": "d"}, **groups})
+
+    return write
+
+
+def message(*args) -> str:
+    with pytest.raises(ValueError) as error:
+        load_config(*args)
+    return str(error.value)
+
+
+def test_misspelt_key_names_file_key_and_suggestion(recipe):
+    path = recipe(optim={"lrr": 1e-6})
+    assert message(path) == f"{path}: unknown key 'optim.lrr'. Did you mean 'lr'?"
+    path = recipe("optimizer: {lr: 1}\n")
+    assert message(path) == f"{path}: unknown key 'optimizer'. Did you mean 'optim'?"
+
+
+def test_misspelt_choice(recipe):
+    path = recipe(optim={"schedule": "cosin"})
+    text = "optim.schedule: expected one of cosine, linear, constant; got 'cosin'. Did you mean 'cosine'?"
+    assert message(path) == f"{path}: {text}"
+
+
+def test_numbers_without_a_dot_are_floats(recipe):
+    """PyYAML reads 1e-6 as a string."""
+    assert yaml.safe_load("1e-6") == "1e-6"
+    cfg = load_config(recipe("optim: {lr: 1e-6, eps: 1e-12}\nobjective: {name: simpo, beta: 2e0}\n"))
+    assert (cfg.optim.lr, cfg.optim.eps, cfg.objective.fields) == (1e-6, 1e-12, {"beta": 2.0})
+    assert load_config(recipe(), ["--optim.lr", "5e-7", "--train.max_steps", "1e3"]).optim.lr == 5e-7
+
+
+@pytest.mark.parametrize(
+    "yaml_text, expected",
+    [
+        ("optim: {lr: fast}", "optim.lr: expected a number, got a string 'fast'."),
+        ("optim: {lr: true}", "optim.lr: expected a number, got a truth value True."),
+        ("optim: {betas: [0.9]}", "optim.betas: expected a list of 2 numbers, got a list [0.9]."),
+        ("optim: {betas: [0.9, x]}", "optim.betas[1]: expected a number, got a string 'x'."),
+        ("train: {batch_size: 1.5}", "train.batch_size: expected a whole number, got a number (float) 1.5."),
+        ("log: {plot: 1}", "log.plot: expected true or false, got a number (int) 1."),
+        ("train: [1]", "train: expected a group of keys, got a list."),
+        ("train: {batch_size: 0}", "train.batch_size: expected at least 1, got 0."),
+        ("optim: {lr: .nan}", "optim.lr: expected at least 0, got nan."),
+        ("optim: {warmup_ratio: 3}", "optim.warmup_ratio: expected a share from 0 to 1, got 3.0."),
+    ],
+)
+def test_wrong_values_name_the_field(recipe, yaml_text, expected):
+    path = recipe(yaml_text)
+    assert message(path) == f"{path}: {expected}"
+
+
+def test_key_written_twice(recipe):
+    path = recipe("optim:\n  lr: 1e-6\n  lr: 1e-5\n")
+    assert message(path) == f"{path}: not valid YAML: line 5: key 'lr' is written twice. Keep one."
+
+
+def test_prompt_must_leave_room(tmp_path):
+    path = tiny.recipe(
+        tmp_path / "r.yaml", model={"path": "m"}, data={"train": "d", "max_length": 8, "max_prompt_length": 8}
+    )
+    assert "data.max_prompt_length: expected less than data.max_length (8), got 8." in message(path)
+
+
+def test_missing_paths(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model:\n  path:       # to be filled in\n")
+    assert message(path) == f"{path}: model.path: expected a path, got nothing. Set it there or pass --model.path PATH."
+    assert "data.train" in message(path, ["--model.path", "m"])
+    assert "no such recipe" in message(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--optim.lrr", "1"], "unknown option --optim.lrr. Did you mean 'optim.lr'?"),
+        (["--lr", "1"], "unknown option --lr. Did you mean '--optim.lr'?"),
+        (["--optim.lr"], "--optim.lr has no value. Write --optim.lr VALUE."),
+        (["--optim.lr", "fast"], "--optim.lr: expected a number, got a string 'fast'."),
+        (["lr=1"], "expected --group.key, got 'lr'."),
+    ],
+)
+def test_wrong_overrides(recipe, arguments, expected):
+    assert message(recipe(), arguments) == f"command line: {expected}"
+
+
+def test_overrides_win_and_may_fill_in(recipe):
+    cfg = load_config(
+        recipe(objective={"name": "simpo", "beta": 2.0}),
+        [
+            "--objective.beta=2.5",
+            "--objective.name",
+            "dpo",
+            "--data.columns",
+            "{prompt: question}",
+            "--log.plot",
+            "false",
+        ]
+        + ["--train.max-steps", "7", "--data.eval", "none", "--optim.betas", "[0.9, 0.95]", "--model.path", "007"],
+    )
+    assert cfg.objective.name == "dpo" and cfg.objective.fields == {"beta": 2.5}
+    assert cfg.data.columns == {"prompt": "question"} and cfg.data.eval is None and cfg.log.plot is False
+    assert cfg.train.max_steps == 7 and cfg.optim.betas == (0.9, 0.95) and cfg.model.path == "007"
+
+
+def test_dump_reads_back_equal(recipe, tmp_path):
+    cfg = load_config(recipe(objective={"name": "simpo", "beta": 2.5}), ["--optim.lr", "1e-6", "--data.limit", "5"])
+    copy = tmp_path / "config.yaml"
+    copy.write_text(dump(cfg))
+    assert load_config(copy) == cfg
+    assert "lr: 1.0e-06" in copy.read_text()  # a float for every YAML reader, not only ours
+    assert cfg.train.output_dir == "runs/my"
+
+
+def test_every_field_is_documented_and_there_are_few():
+    text = help_text()
+    for name in field_names():
+        assert f"--{name} [" in text, name
+    groups = typing.get_type_hints(Config).values()
+    assert sum(len(dataclasses.fields(group)) for group in groups) <= 60
+
+
+def test_reading_a_recipe_needs_no_torch(recipe):
+    code = f"import sys; from fastpost.train.config import *; load_config({str(recipe())!r}); help_text()"
+    code += "; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
