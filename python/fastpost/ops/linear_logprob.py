@@ -8,6 +8,7 @@ again (8·N·V·D operations in all), unless the byte budget allowed the forward
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -120,8 +121,8 @@ def _scored_rows(mask: torch.Tensor) -> torch.Tensor | None:
     return None if bool(mask.all()) else mask.nonzero()[:, 0]
 
 
-def _spans(n: int, step: int) -> Iterator[tuple[int, int]]:
-    return ((i, min(i + step, n)) for i in range(0, n, step))
+def _spans(begin: int, end: int, step: int) -> Iterator[tuple[int, int]]:
+    return ((i, min(i + step, end)) for i in range(begin, end, step))
 
 
 def _take(t: torch.Tensor, rows: torch.Tensor | None, begin: int, end: int) -> torch.Tensor:
@@ -144,12 +145,11 @@ def _forward(hidden, weight, target, bias, temperature, softcap, ignore_index, w
         kept = torch.empty(kept_rows, v, dtype=dtype, device=hidden.device)
         tile = torch.empty(p.rows * p.cols if kept_rows < n else 0, dtype=dtype, device=hidden.device)
         row_outputs = outputs if rows is None else [t.new_empty(min(len(t), n)) for t in outputs]
-        for begin, end in [*_spans(kept_rows, p.rows), *((b + kept_rows, e + kept_rows) for b, e in
-                                                          _spans(n - kept_rows, p.rows))]:
+        for begin, end in [*_spans(0, kept_rows, p.rows), *_spans(kept_rows, n, p.rows)]:
             x, y = _take(hidden, rows, begin, end).to(dtype), _take(target, rows, begin, end)
             stats = torch.zeros(5, end - begin, dtype=torch.float32, device=hidden.device)
             stats[0] = -torch.inf
-            for v0, v1 in _spans(v, p.cols):
+            for v0, v1 in _spans(0, v, p.cols):
                 if end <= kept_rows:
                     z = kept[begin:end, v0:v1]
                 else:
@@ -195,162 +195,120 @@ class _Backward:
 
     def __init__(self, hidden, weight, target, bias, temperature, softcap, ignore_index, memory_budget, logprob, lse,
                  entropy, kept, grad_logprob, grad_entropy):
-        self.hidden, self.weight, self.target = hidden, weight, target
-        self.temperature, self.softcap = temperature, softcap
-        self.logprob, self.lse, self.entropy = logprob, lse, entropy
-        self.grad_logprob, self.grad_entropy = grad_logprob, grad_entropy
+        self.hidden, self.weight, self.kept = hidden, weight, kept
+        self.transform = temperature, softcap
         self.dtype = _compute_dtype(hidden)
         self.bias = None if bias is None else bias.to(self.dtype)
-
         # Scored rows in the forward's order, then those of them whose gradient is not zero.
         scored = target != ignore_index
         active = scored & ((grad_logprob != 0) if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0))
         self.rows = _scored_rows(active)
-        n_scored = int(scored.sum())
-        self.n = len(target) if self.rows is None else len(self.rows)
-        v, d = weight.shape
-        self.kept, kept_rows = kept, len(kept)
-        # Where in the forward's order each active row stood; None when it is the identity.
+        per_row = (target, logprob, lse, entropy, grad_logprob, grad_entropy)
+        self.per_row = [t if t is None or self.rows is None else t[self.rows] for t in per_row]
+        self.n, n_scored = len(self.per_row[0]), int(scored.sum())
+        # Which row of `kept` each active row is; None when row i is row i.
         self.place = None if self.n == n_scored else scored.cumsum(0)[self.rows] - 1
-        self.n_kept = min(self.n, kept_rows) if self.place is None else int((self.place < kept_rows).sum())
-        # The tile of kept logits that were gathered is a second one: plan for half the budget then.
-        self.plan = plan(self.n, v, d, self.dtype.itemsize, memory_budget if self.place is None else memory_budget // 2)
+        self.n_kept = min(self.n, len(kept)) if self.place is None else int((self.place < len(kept)).sum())
+        self.plan = plan(self.n, *weight.shape, self.dtype.itemsize, memory_budget)
         self.tile = torch.empty(self.plan.rows * self.plan.cols, dtype=self.dtype, device=hidden.device)
 
     def run(self, needs_hidden, needs_weight, needs_bias):
-        (v, d), dtype, p = self.weight.shape, self.hidden.dtype, self.plan
-        self.grad_hidden = self.grad_weight = self.grad_bias = None
-        if needs_hidden:
-            make = torch.empty_like if self.rows is None and self.n else torch.zeros_like
-            self.grad_hidden = make(self.hidden, memory_format=torch.contiguous_format)
-        if needs_weight:
-            make = torch.empty_like if self.n else torch.zeros_like
-            self.grad_weight = make(self.weight, memory_format=torch.contiguous_format)
-        if needs_bias:
-            self.grad_bias = torch.zeros(v, dtype=torch.float32, device=self.hidden.device)
-        if self.n:
-            if not needs_weight or p.sweep == "twice":
-                self.sweep_rows(needs_hidden, False, needs_bias)
-                if needs_weight:
-                    self.sweep_cols(False, True, False)
-            elif not needs_hidden or p.sweep == "cols":
-                self.sweep_cols(needs_hidden, needs_weight, needs_bias)
-            else:
-                self.sweep_rows(needs_hidden, needs_weight, needs_bias)
-        none = self.hidden.new_empty(0)
-        return (
-            none if self.grad_hidden is None else self.grad_hidden,
-            none if self.grad_weight is None else self.grad_weight,
-            none if self.grad_bias is None else self.grad_bias.to(dtype),
-        )
+        def result(like, needed):
+            if not needed:
+                return self.hidden.new_empty(0)
+            make = torch.empty_like if self.n and (self.rows is None or like is not self.hidden) else torch.zeros_like
+            return make(like, memory_format=torch.contiguous_format)
 
-    def row_blocks(self):
-        """Blocks that hold either kept or recomputed rows, never both."""
-        yield from _spans(self.n_kept, self.plan.rows)
-        yield from ((b + self.n_kept, e + self.n_kept) for b, e in _spans(self.n - self.n_kept, self.plan.rows))
+        hidden, weight = result(self.hidden, needs_hidden), result(self.weight, needs_weight)
+        bias = torch.zeros(len(self.weight) if needs_bias else 0, dtype=torch.float32, device=self.hidden.device)
+        targets = (hidden if needs_hidden else None, weight if needs_weight else None, bias if needs_bias else None)
+        if self.n and needs_hidden and needs_weight and self.plan.sweep == "twice":
+            self.sweep("rows", targets[0], None, None)
+            self.sweep("cols", None, *targets[1:])
+        elif self.n:
+            both = needs_hidden and needs_weight
+            self.sweep(self.plan.sweep if both else "rows" if needs_hidden else "cols", *targets)
+        return hidden, weight, bias.to(self.hidden.dtype)
 
-    def grad_tile(self, begin, end, v0, v1, x, w):
-        """d loss / d logits of one tile, written to self.tile."""
+    def sweep(self, outer, grad_hidden, grad_weight, grad_bias):
+        """Every tile once. With rows outside, the hidden gradient of a block is finished before the next block begins
+        and the weight gradient is summed all along; with columns outside, the other way round."""
+        p, v = self.plan, len(self.weight)
+        # A block holds either kept or recomputed rows, never both.
+        blocks = [*_spans(0, self.n_kept, p.rows), *_spans(self.n_kept, self.n, p.rows)]
+        slices = [*_spans(0, v, p.cols)]
+        hidden_sums = _Sums(grad_hidden, parts=len(slices), rows=self.rows)
+        weight_sums = _Sums(grad_weight, parts=len(blocks))
+        for block, cut in (
+            itertools.product(blocks, slices) if outer == "rows" else ((b, c) for c in slices for b in blocks)
+        ):
+            x, w = _take(self.hidden, self.rows, *block).to(self.dtype), self.weight[slice(*cut)].to(self.dtype)
+            grad = self.grad_logits(block, cut, x, w)
+            if grad_hidden is not None:
+                hidden_sums.add(block, grad, w)
+            if grad_weight is not None:
+                weight_sums.add(cut, grad.T, x)
+            if grad_bias is not None:
+                grad_bias[slice(*cut)] += grad.sum(0, dtype=torch.float32)
+
+    def grad_logits(self, block, cut, x, w):
+        """d loss / d logits of one tile, in self.tile until the next call."""
+        (begin, end), (v0, v1) = block, cut
         grad = self.tile[: (end - begin) * (v1 - v0)].view(end - begin, v1 - v0)
         if end > self.n_kept:
-            z = torch.mm(x, w.T, out=grad)
+            logits = torch.mm(x, w.T, out=grad)
         elif self.place is None:
-            z = self.kept[begin:end, v0:v1]
-        else:
-            z = self.kept[:, v0:v1].index_select(0, self.place[begin:end])
-        has_entropy = self.grad_entropy is not None
-        _core.linear_logprob_tile_backward(
-            z, None if self.bias is None else self.bias[v0:v1], _take(self.target, self.rows, begin, end), v0,
-            self.temperature, self.softcap, _take(self.logprob, self.rows, begin, end),
-            _take(self.lse, self.rows, begin, end),
-            _take(self.entropy, self.rows, begin, end) if has_entropy else None,
-            _take(self.grad_logprob, self.rows, begin, end),
-            _take(self.grad_entropy, self.rows, begin, end) if has_entropy else None, grad,
-        )  # fmt: skip
-        if self.grad_bias is not None and self.wants_bias:
-            self.grad_bias[v0:v1] += grad.sum(0, dtype=torch.float32)
+            logits = self.kept[begin:end, v0:v1]
+        else:  # some rows dropped out since the forward
+            logits = torch.index_select(self.kept[:, v0:v1], 0, self.place[begin:end], out=grad)
+        target, logprob, lse, entropy, grad_logprob, grad_entropy = (
+            None if t is None else t[begin:end] for t in self.per_row
+        )
+        bias = None if self.bias is None else self.bias[v0:v1]
+        _core.linear_logprob_tile_backward(logits, bias, target, v0, *self.transform, logprob, lse, entropy,
+                                           grad_logprob, grad_entropy, grad)
         return grad
 
-    def sweep_rows(self, needs_hidden, needs_weight, needs_bias):
-        """Row blocks outside: the hidden gradient of a block is finished at once, the weight gradient is summed."""
-        self.wants_bias, p = needs_bias, self.plan
-        v, d = self.weight.shape
-        weight_sum = _Sum(self.grad_weight, v, d, parts=len([*self.row_blocks()])) if needs_weight else None
-        for begin, end in self.row_blocks():
-            x = _take(self.hidden, self.rows, begin, end).to(self.dtype)
-            out = None
-            if needs_hidden and self.rows is None:
-                out = self.grad_hidden[begin:end]
-            elif needs_hidden:
-                out = self.grad_hidden.new_empty(end - begin, d)
-            hidden_sum = _Sum(out, end - begin, d, parts=-(-v // p.cols)) if needs_hidden else None
-            for v0, v1 in _spans(v, p.cols):
-                w = self.weight[v0:v1].to(self.dtype)
-                grad = self.grad_tile(begin, end, v0, v1, x, w)
-                if needs_hidden:
-                    hidden_sum.add(grad, w, 0, end - begin)
-                if needs_weight:
-                    weight_sum.add(grad.T, x, v0, v1)
-            if needs_hidden:
-                hidden_sum.finish()
-                if self.rows is not None:
-                    self.grad_hidden.index_copy_(0, self.rows[begin:end], out)
-        if needs_weight:
-            weight_sum.finish()
 
-    def sweep_cols(self, needs_hidden, needs_weight, needs_bias):
-        """Vocabulary slices outside: the weight gradient of a slice is finished at once, the hidden gradient is summed."""
-        self.wants_bias, p = needs_bias, self.plan
-        v, d = self.weight.shape
-        out = None
-        if needs_hidden:
-            out = self.grad_hidden if self.rows is None else self.grad_hidden.new_empty(self.n, d)
-            hidden_sum = _Sum(out, self.n, d, parts=-(-v // p.cols))
-        for v0, v1 in _spans(v, p.cols):
-            w = self.weight[v0:v1].to(self.dtype)
-            weight_sum = _Sum(self.grad_weight[v0:v1], v1 - v0, d, parts=len([*self.row_blocks()])) if needs_weight else None
-            for begin, end in self.row_blocks():
-                x = _take(self.hidden, self.rows, begin, end).to(self.dtype)
-                grad = self.grad_tile(begin, end, v0, v1, x, w)
-                if needs_hidden:
-                    hidden_sum.add(grad, w, begin, end)
-                if needs_weight:
-                    weight_sum.add(grad.T, x, 0, v1 - v0)
-            if needs_weight:
-                weight_sum.finish()
-        if needs_hidden:
-            hidden_sum.finish()
-            if self.rows is not None:
-                self.grad_hidden.index_copy_(0, self.rows, out)
+class _Sums:
+    """Blocks of rows of a gradient, each the sum of `parts` GEMMs. A sum of several is held in float32 until it is
+    complete: bfloat16 sums over chunks bend loss curves."""
 
+    def __init__(self, out, parts, rows=None):
+        self.out, self.parts, self.rows = out, parts, rows
+        self.open = {}  # block -> [sum so far, parts seen]
 
-class _Sum:
-    """A gradient that is one GEMM, or a float32 sum of several: bfloat16 sums over chunks bend the loss curve."""
-
-    def __init__(self, out, rows, cols, parts):
-        self.out, self.parts = out, parts
-        self.total = out if out.dtype == torch.float32 else None
-        if parts > 1:
-            if self.total is None:
-                self.total = torch.zeros(rows, cols, dtype=torch.float32, device=out.device)
+    def add(self, block, a, b):
+        begin, end = block
+        in_place = self.rows is None and a.dtype == self.out.dtype
+        if self.parts == 1:
+            if in_place:
+                torch.mm(a, b, out=self.out[begin:end])
             else:
-                self.total.zero_()
-
-    def add(self, a, b, begin, end):
-        if self.parts == 1 and a.dtype == self.out.dtype:
-            torch.mm(a, b, out=self.out[begin:end])
-        elif self.parts == 1:
-            self.out[begin:end] = torch.mm(a, b)
-        elif a.dtype == torch.float32:
-            torch.addmm(self.total[begin:end], a, b, out=self.total[begin:end])
+                self.write(block, torch.mm(a, b))
+            return
+        if block not in self.open:
+            in_place = in_place and self.out.dtype == torch.float32
+            total = self.out[begin:end] if in_place else torch.empty(len(a), b.shape[1], dtype=torch.float32, device=a.device)
+            self.open[block] = [total.zero_(), 0]
+        total = self.open[block][0]
+        if a.dtype == torch.float32:
+            torch.addmm(total, a, b, out=total)
         elif a.device.type == "cuda":
-            self.total[begin:end] += torch.mm(a, b, out_dtype=torch.float32)
-        else:  # torch has no bfloat16 GEMM with float32 output on CPU
-            self.total[begin:end] += torch.mm(a, b)
+            total += torch.mm(a, b, out_dtype=torch.float32)
+        else:  # torch has no bfloat16 GEMM with a float32 result on CPU
+            total += torch.mm(a, b)
+        self.open[block][1] += 1
+        if self.open[block][1] == self.parts:
+            self.write(block, total)
+            del self.open[block]
 
-    def finish(self):
-        if self.parts > 1 and self.total is not self.out:
-            self.out.copy_(self.total)
+    def write(self, block, total):
+        begin, end = block
+        if self.rows is not None:
+            self.out.index_copy_(0, self.rows[begin:end], total.to(self.out.dtype))
+        elif total.data_ptr() != self.out[begin:end].data_ptr():
+            self.out[begin:end] = total
 
 
 def _backward_fake(hidden, weight, target, bias, temperature, softcap, ignore_index, memory_budget, logprob, lse, entropy,
