@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The families of arithmetic word problems: one table that reads like the problems it makes.
 
-A family is a question, the numbers in it and the steps of its right solution. Every family also has one *event*: a sentence
-about a number ``e`` which, for each problem anew, is absent, is told (it counts: the event's step is part of the solution) or
-is a decoy (it sounds alike but must not be counted). So a solution with the event's step and one without it are each sometimes
-right and sometimes wrong, and neither the wording nor the length of a solution gives its verdict away.
+A family is a question, the numbers in it and the steps of its right solution. Every family also has one *event*: a
+sentence about a number ``e`` which, for each problem anew, is absent, is told (it counts: the event's step is part of
+the solution) or is a decoy (it sounds alike but must not be counted). So a solution with the event's step and one
+without it are each sometimes right and sometimes wrong, and neither the wording nor the length of a solution gives its
+verdict away.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 class Step:
     """One line of a solution.
 
-    formula: ``"x = a + b"``: operands are numbers of the problem, earlier results or literals (a literal is a unit factor).
+    formula: ``"x = a + b"``: operands are numbers of the problem, earlier results or literals (then a unit factor).
     unit: what the result counts. phrases: ways to write the line; ``{eq}`` becomes ``12 + 5 = 17``.
     event: this step belongs to the family's event; when it does not count, the result is simply the left operand.
     """
@@ -116,9 +117,9 @@ TRAINING = (
         "wages",
         {"h": (3, 8), "d": (2, 6), "r": (8, 20), "s": (15, 90), "e": (5, 40)},
         (
-            "{A} works {h} hours a day for {d} days and earns {r} dollars an hour. {A} spends {s} dollars on food. {event}"
+            "{A} works {h} hours a day for {d} days, earns {r} dollars an hour and spends {s} dollars on food. {event}"
             "How many dollars of the pay are left?",
-            "A job pays {r} dollars an hour. {A} does it {h} hours a day on {d} days, then buys shoes for {s} dollars. {event}"
+            "At {r} dollars an hour {A} works {h} hours a day on {d} days, then buys shoes for {s} dollars. {event}"
             "How much of the money is left, in dollars?",
         ),
         "The boss adds a bonus of {e} dollars. ",
@@ -166,8 +167,8 @@ TRAINING = (
         (
             "{A} drives {h} hours at {s} miles an hour and then {g} hours at {v} miles an hour. {event}"
             "How many miles long is the whole trip?",
-            "On a trip {A} rides a bus for {h} hours at {s} miles per hour, then a train that is late and makes only {v} miles "
-            "per hour for {g} hours. {event}How many miles is that in all?",
+            "{A} rides a bus {h} hours at {s} miles per hour, then a boat {g} hours at {v} miles per hour. {event}"
+            "How many miles is that in all?",
         ),
         "At the end {A} walks {e} miles more. ",
         "{B} stays behind, {e} miles away. ",
@@ -227,8 +228,8 @@ TRAINING = (
         "fence",
         {"l": (10, 40), "w": (5, 30), "p": (3, 9), "e": (2, 9)},
         (
-            "A field is {l} metres long and {w} metres wide. {event}A fence goes all around it and costs {p} dollars a metre. "
-            "How many dollars does the fence cost?",
+            "A field is {l} metres long and {w} metres wide. {event}A fence all around it costs {p} dollars a metre. "
+            "How many dollars is that in total?",
             "{A} fences a garden of {l} by {w} metres, at {p} dollars per metre. {event}What is the price in dollars?",
         ),
         "A gate of {e} metres needs no fence. ",
@@ -312,9 +313,9 @@ HELD_OUT = (
         "tickets",
         {"a": (2, 9), "p": (8, 20), "k": (2, 9), "q": (3, 9), "e": (4, 30)},
         (
-            "{a} adults and {k} children go to the theatre. A ticket is {p} dollars for adults and {q} dollars for children. "
+            "{a} adults and {k} children go to a play. Tickets are {p} dollars for adults, {q} dollars for children. "
             "{event}How many dollars do they pay?",
-            "A zoo asks {p} dollars from adults and {q} dollars from children. A group of {a} adults and {k} children comes. "
+            "A zoo asks {p} dollars from adults and {q} dollars from children. {a} adults and {k} children come. "
             "{event}What do they pay, in dollars?",
         ),
         "They also pay {e} dollars for parking. ",
@@ -330,7 +331,7 @@ HELD_OUT = (
         "weeks",
         {"w": (2, 9), "n": (2, 12), "u": (5, 40), "e": (3, 30)},
         (
-            "A hen lays {n} eggs a day, every day for {w} weeks. {A} sells {u} of the eggs. {event}How many eggs are left?",
+            "A hen lays {n} eggs every day for {w} weeks. {A} sells {u} of the eggs. {event}How many eggs are left?",
             "For {w} weeks {A} folds {n} paper stars each day, and then gives {u} of them to {B}. {event}"
             "How many stars are left?",
         ),
@@ -347,8 +348,8 @@ HELD_OUT = (
         "bunches",
         {"r": (4, 12), "p": (6, 20), "k": (3, 9), "e": (3, 20)},
         (
-            "{A} plants {r} rows of {p} tulips. {event}The flowers are tied in bunches of {k}. How many bunches are there?",
-            "In a garden {r} rows of {p} roses grow. {event}{A} cuts them and makes bunches of {k}. How many bunches are made?",
+            "{A} plants {r} rows of {p} tulips. {event}They are tied in bunches of {k}. How many bunches are there?",
+            "In a garden {r} rows of {p} roses grow. {event}{A} ties bunches of {k}. How many bunches are made?",
         ),
         "{e} of the plants die. ",
         "{e} of the plants are yellow. ",

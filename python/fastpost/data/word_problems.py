@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arithmetic word problems with a right and a plausibly wrong worked solution: a preference set and a verifiable reward.
+"""Arithmetic word problems with a right and a plausibly wrong solution: a preference set and a verifiable reward.
 
     python -m fastpost.data.word_problems data/ --seed 0        # train.jsonl, same.jsonl, new.jsonl
     rows = problems("train", 2000, seed=0)                      # the same rows as Python dicts
@@ -15,9 +15,9 @@ Each row has TRL's columns ``prompt``, ``chosen``, ``rejected`` (message lists) 
                 dropped: an event that counts is left out           decoy: a number that must not count is used
     error_step  the first line (from 0) in which the rejected solution leaves the right path
 
-Both solutions of a row are written in the same words, end in the same format, and differ only in what the error changes. The
-wrong number is larger than the right one half of the time, and stays within a factor of three of it. So length, wording
-and size of the answer do not tell right from wrong: one has to follow the arithmetic.
+Both solutions of a row are written in the same words, end in the same format, and differ only in what the error
+changes. The wrong number is larger than the right one half of the time, and stays within a factor of three of it. So
+length, wording and size of the answer do not tell right from wrong: one has to follow the arithmetic.
 
 The rows are a pure function of (split, seed, index). Splits never share a problem: a family's numbers are used once.
 """
@@ -38,16 +38,16 @@ from typing import NamedTuple
 from .word_problem_families import HELD_OUT, TRAINING, Family
 
 NAMES = (
-    "Ada Amir Ana Ben Bo Carla Chen Dana Diego Ela Emil Fatma Finn Grace Hana Hugo Ines Ivan Jade Jonas Kai Kofi Lara Leo Lina "
-    "Mara Milo Nadia Nils Noor Olga Omar Pia Quinn Rosa Sami Sofia Tariq Uma Vera Wei Yara Zoe"
-).split()
+    "Ada Amir Ana Ben Bo Carla Chen Dana Diego Ela Emil Fatma Finn Grace Hana Hugo Ines Ivan Jade Jonas Kai Kofi Lara "
+    "Leo Lina Mara Milo Nadia Nils Noor Olga Omar Pia Quinn Rosa Sami Sofia Tariq Uma Vera Wei Yara Zoe"
+)
 THINGS = (
-    "apples balls beads books bricks buttons cards coins cookies crayons cups flags gloves hats keys lamps lemons marbles mugs nuts "
-    "pears pencils pens plates plums puzzles ribbons rings shells spoons stamps stickers stones toys"
-).split()
-BOXES = "bags boxes crates jars packs baskets tins".split()
+    "apples balls beads books bricks buttons cards coins cookies crayons cups flags gloves hats keys lamps lemons "
+    "marbles mugs nuts pears pencils pens plates plums puzzles ribbons rings shells spoons stamps stickers stones toys"
+)
+BOXES = ("bags", "boxes", "crates", "jars", "packs", "baskets", "tins")
 NEUTRAL = ("That makes {eq} {unit}.", "This gives {eq} {unit}.", "So we get {eq} {unit}.")
-REQUEST = "\nEnd with: The answer is (number)."
+SYSTEM = "Solve step by step. End with: The answer is (number)."
 
 OPERATIONS = {
     "+": lambda left, right: left + right,
@@ -55,11 +55,14 @@ OPERATIONS = {
     "*": lambda left, right: left * right,
     "/": lambda left, right: left // right if right and left % right == 0 else -1,
 }
-CONFUSED = {"+": "-*", "-": "+/", "*": "+/", "/": "*-"}
+CONFUSED = {"+": "-", "-": "+/", "*": "+/", "/": "*-"}
 # literals in a formula are unit factors; these are the ones people confuse them with
-WRONG_FACTORS = {"60": (24, 50, 90, 100), "12": (6, 10, 15, 20), "7": (5, 6, 8, 10), "2": (1, 3, 4)}
-KIND_WEIGHTS = {"slip": 3, "operation": 3, "operands": 2, "unit": 2, "dropped": 4, "decoy": 4}
-LARGEST, FACTOR = 2000, 3
+WRONG_FACTORS = {"60": (24, 50, 90, 100), "12": (6, 10, 15, 20), "7": (5, 6, 8, 10), "2": (3, 4)}
+# how often a mistake is made where it is possible. What makes a wrong answer larger is possible more often than what
+# makes it smaller; the weights of the operations even that out, so that each sign is as frequent in right as in wrong.
+WEIGHTS = {"slip": 2, "operands": 3, "unit": 3, "dropped": 5, "decoy": 5}
+WEIGHTS |= {"- for +": 6, "+ for -": 2, "+ for *": 0.4, "* for /": 2, "/ for *": 3, "- for /": 1, "/ for -": 3}
+LARGEST, FACTOR, TRIES = 2000, 3, 20000
 
 
 class Line(NamedTuple):
@@ -75,7 +78,7 @@ class Line(NamedTuple):
         return f"{self.left} {self.op} {self.right} = {self.result}"
 
 
-def solve(family: Family, numbers: dict[str, int], counted: bool, slip: tuple[int, int] | None = None) -> list[Line] | None:
+def solve(family: Family, numbers: dict[str, int], counted: bool, slip: tuple[int, int] = (-1, 0)) -> list[Line] | None:
     """Work through the steps. counted: the event's step belongs. slip: (step, amount by which its result is off).
 
     None when a result is not a whole number from 1 to ``LARGEST``.
@@ -87,10 +90,9 @@ def solve(family: Family, numbers: dict[str, int], counted: bool, slip: tuple[in
             values[name] = values[left]
             continue
         a, b = (values[word] if word in values else int(word) for word in (left, right))
-        result = OPERATIONS[op](a, b)
-        if slip and slip[0] == index:
-            result += slip[1]
-        if not 0 < result <= LARGEST:
+        exact = OPERATIONS[op](a, b)
+        result = exact + slip[1] if slip[0] == index else exact
+        if exact <= 0 or not 0 < result <= LARGEST:
             return None
         values[name] = result
         lines.append(Line(index, a, op, b, result))
@@ -98,7 +100,7 @@ def solve(family: Family, numbers: dict[str, int], counted: bool, slip: tuple[in
 
 
 def mistakes(family: Family, numbers: dict[str, int], told: bool | None) -> Iterator[tuple[str, list[Line] | None]]:
-    """Every wrong way to work as (kind, lines or None). told: the event counts; False: it is a decoy; None: it is absent."""
+    """Every wrong way to work, as (kind, lines or None). told: the event counts; False: a decoy; None: no event."""
     counted = bool(told)
     for line in solve(family, numbers, counted):
         for size in (1, 2, 10) + ((line.left, line.right) if line.op == "*" else ()):
@@ -106,7 +108,10 @@ def mistakes(family: Family, numbers: dict[str, int], told: bool | None) -> Iter
             yield "slip", solve(family, numbers, counted, (line.step, -size))
         name, _, left, op, right = family.steps[line.step].formula.split()
         for other in CONFUSED[op]:
-            yield "operation", solve(_with(family, line.step, f"{name} = {left} {other} {right}"), numbers, counted)
+            yield (
+                f"{other} for {op}",
+                solve(_with(family, line.step, f"{name} = {left} {other} {right}"), numbers, counted),
+            )
         for factor in WRONG_FACTORS.get(right, ()):
             yield "unit", solve(_with(family, line.step, f"{name} = {left} {op} {factor}"), numbers, counted)
     for first, second in itertools.combinations([n for n in numbers if n != "e" or told is not None], 2):
@@ -137,18 +142,28 @@ def _row(family: Family, split: str, rng: random.Random, used: set[tuple]) -> di
     told = rng.choice((None, True, True, False, False))
     upward = rng.random() < 0.5
     numbers, right, wrong = {}, None, []
-    while not wrong:
+    for _ in range(TRIES):
         numbers = {name: rng.randint(*bounds) for name, bounds in family.numbers.items()}
-        key = (family.name, *(value for name, value in numbers.items() if name != "e"))
+        given = (family.name, *(value for name, value in numbers.items() if name != "e"))
+        problem = (given, told is not None and numbers["e"])
         right = solve(family, numbers, bool(told))
-        # a hash of its numbers decides once and for all seeds whether a problem is for training or held out
-        held_out = zlib.crc32(repr(key).encode()) % 8 == 0
-        if right is None or key in used or len(set(key)) < len(key) or (split != "new" and held_out != (split == "same")):
+        if right is None or problem in used or len(set(given)) < len(given):
             continue
-        wrong = [(kind, lines) for kind, lines in mistakes(family, numbers, told) if lines and _plausible(right, lines, upward)]
-    used.add(key)
+        # a hash of its numbers decides, once and for all seeds, whether a problem is for training or held out
+        held_out = zlib.crc32(repr(given).encode()) % 8 == 0
+        if split != "new" and held_out != (split == "same"):
+            continue
+        wrong = [(kind, lines) for kind, lines in mistakes(family, numbers, told) if _plausible(right, lines, upward)]
+        if wrong:
+            break
+    else:
+        raise ValueError(
+            f"[problems] count: expected fewer rows, got so many that the family {family.name!r} has no new problem. "
+            "Ask for fewer, or widen its numbers in word_problem_families.py."
+        )
+    used.add(problem)
     kinds = sorted({kind for kind, _ in wrong})
-    kind = rng.choices(kinds, [KIND_WEIGHTS[kind] for kind in kinds])[0]
+    kind = rng.choices(kinds, [WEIGHTS[kind] for kind in kinds])[0]
     rejected = rng.choice([lines for other, lines in wrong if other == kind])
 
     words = _words(rng) | numbers
@@ -161,26 +176,34 @@ def _row(family: Family, split: str, rng: random.Random, used: set[tuple]) -> di
         return [{"role": "assistant", "content": "\n".join([*text, f"The answer is {lines[-1].result}."])}]
 
     return {
-        "prompt": [{"role": "user", "content": question + REQUEST}],
+        "prompt": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}],
         "chosen": written(right),
         "rejected": written(rejected),
         "family": family.name,
         "answer": right[-1].result,
         "wrong": rejected[-1].result,
-        "error": kind,
-        "error_step": next((i for i, (a, b) in enumerate(zip(right, rejected)) if a != b), min(len(right), len(rejected))),
+        "error": "operation" if " for " in kind else kind,
+        "error_step": next(i for i, (a, b) in enumerate(itertools.zip_longest(right, rejected)) if a != b),
     }
 
 
-def _plausible(right: list[Line], wrong: list[Line], upward: bool) -> bool:
+def _plausible(right: list[Line], wrong: list[Line] | None, upward: bool) -> bool:
+    if wrong is None:
+        return False
     answer, other = right[-1].result, wrong[-1].result
     return other != answer and (other > answer) == upward and answer <= FACTOR * other and other <= FACTOR * answer
 
 
 def _words(rng: random.Random) -> dict[str, str]:
-    names = list(NAMES)
+    names = NAMES.split()
     rng.shuffle(names)
-    return {"A": names[0], "B": names[1], "C": names[2], "things": rng.choice(THINGS), "boxes": rng.choice(BOXES)}
+    return {
+        "A": names[0],
+        "B": names[1],
+        "C": names[2],
+        "things": rng.choice(THINGS.split()),
+        "boxes": rng.choice(BOXES),
+    }
 
 
 _ANSWER = re.compile(r"(?:####|answer is:?|\\boxed\{)[\s$*]*(-?\d[\d,]*(?:\.\d+)?)", re.IGNORECASE)
@@ -193,7 +216,7 @@ def final_answer(text: str) -> float | None:
 
 
 def reward(completion: str | list[dict], answer: int | float) -> float:
-    """1.0 when the completion's final answer is ``answer``, else 0.0. completion: text, or messages (the last one counts)."""
+    """1.0 when the completion (text, or messages whose last one counts) ends in the answer, else 0.0."""
     text = completion if isinstance(completion, str) else completion[-1]["content"]
     return float(final_answer(text) == answer)
 
@@ -205,7 +228,8 @@ def write(folder: str | Path, *, seed: int = 0, rows: int = 2000, held_out: int 
     paths = {}
     for split, count in (("train", rows), ("same", held_out), ("new", held_out)):
         paths[split] = folder / f"{split}.jsonl"
-        paths[split].write_text("".join(json.dumps(row) + "\n" for row in problems(split, count, seed)), encoding="utf-8")
+        lines = [json.dumps(row) + "\n" for row in problems(split, count, seed)]
+        paths[split].write_text("".join(lines), encoding="utf-8", newline="\n")
     return paths
 
 
