@@ -5,8 +5,9 @@ import io
 import json
 
 import pytest
-import tiny
 import torch
+
+import tiny
 from fastpost.cli import main
 
 

@@ -9,8 +9,9 @@ import sys
 import traceback
 from pathlib import Path
 
-import tiny
 import torch
+
+import tiny
 from fastpost.train.config import Config, load_config
 from fastpost.train.loop import train
 

@@ -3,9 +3,10 @@
 sequences."""
 
 import pytest
+import torch
+
 import runs
 import tiny
-import torch
 from fastpost import objectives
 from fastpost.data.loader import load_dataset, order
 from fastpost.hf import folder

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+
 from fastpost.train import gradients as gradients_module
 from fastpost.train.gradients import Gradients
 from fastpost.train.optim import AdamW, join, split, stochastic_round

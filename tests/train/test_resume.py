@@ -9,13 +9,14 @@ import sys
 import time
 
 import pytest
-import runs
 import torch
+from safetensors.torch import load_file, save_file
+
+import runs
 from fastpost.hf import folder
 from fastpost.train import checkpoint, loop, metrics, run_folder
 from fastpost.train.loop import train
 from fastpost.train.optim import AdamW
-from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture(autouse=True)

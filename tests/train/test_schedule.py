@@ -4,6 +4,7 @@
 import math
 
 import pytest
+
 from fastpost.train.schedule import factor, warmup_steps
 
 

@@ -4,6 +4,7 @@ kernels."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from safetensors import safe_open
 import fastpost
 from fastpost.data.collate import IGNORE, Batch
 from fastpost.hf import folder
-from fastpost.hf.model import backbone, head
+from fastpost.hf.model import backbone, head, verify
 
 from .config import Config
 from .optim import COMPUTE_DTYPE
@@ -49,7 +50,11 @@ def load_policy(cfg: Config, device: torch.device) -> torch.nn.Module:
     does."""
     compute = COMPUTE_DTYPE[cfg.optim.precision]
     keep = cfg.optim.precision == "bf16" and wider_than_bf16(Path(cfg.model.path))
-    model = folder.load_model(cfg.model.path, torch.float32 if keep else compute, cfg.model.attention)
+    model = folder.load_model(cfg.model.path, torch.float32 if keep else compute, cfg.model.attention, check=False)
+    for name, p in model.named_parameters():
+        if not math.isfinite(p.detach().sum(dtype=torch.float32)):
+            raise ValueError(f"[train] {cfg.model.path}: {name} holds NaN or infinity. Fetch the folder again.")
+    verify(model)
     if cfg.train.gradient_checkpointing:
         options = {"use_reentrant": False}
         if hasattr(model, "activation_checkpointing_enable"):  # its new name in transformers
