@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+
 from fastpost.data.collate import Example, Sequence, collate
 
 

@@ -2,6 +2,7 @@
 import json
 
 import pytest
+
 import tiny
 from fastpost.data.columns import Row, is_chat, need, numbers, read_rows, row_type
 

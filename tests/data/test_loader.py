@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 import tiny
 from fastpost import objectives
 from fastpost.data.loader import load_dataset, order

@@ -4,6 +4,7 @@
 import random
 
 import pytest
+
 import tiny
 from fastpost import objectives
 from fastpost.data.loader import load_dataset

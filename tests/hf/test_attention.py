@@ -4,9 +4,10 @@
 import types
 
 import pytest
-import tiny
 import torch
 import transformers
+
+import tiny
 from fastpost.data.collate import Example, Sequence, collate
 from fastpost.hf import attention
 from fastpost.hf.model import backbone

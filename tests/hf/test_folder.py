@@ -4,12 +4,13 @@ import os
 import shutil
 
 import pytest
-import tiny
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+
+import tiny
 from fastpost.hf import folder
 from fastpost.hf.folder import load_model, load_tokenizer, save_folder, weight_files
-from safetensors.torch import load_file, save_file
 
 
 def tensors(path) -> dict[str, torch.Tensor]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
-import tiny
 import torch
 import transformers
+
+import tiny
 from fastpost.data.collate import Example, Sequence, collate
 from fastpost.hf import attention
 from fastpost.hf.model import backbone, head, logits, verify

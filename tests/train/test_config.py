@@ -5,8 +5,9 @@ import sys
 import typing
 
 import pytest
-import tiny
 import yaml
+
+import tiny
 from fastpost.train.config import Config, dump, field_names, help_text, load_config
 
 
