@@ -22,8 +22,8 @@ def draw(result: dict, path: Path) -> None:
     figure, axes = plt.subplots(len(records), 1, figsize=(9, height), squeeze=False, height_ratios=sizes)
     for ax, record in zip(axes[:, 0], records):
         _bars(ax, record)
-    shades = ", ".join(f"{shade} {n} threads" for shade, n in zip(("dark", "light"), result["threads"]) if n is not None)
-    figure.suptitle(f"{result['gpu'] or result['cpu']}: time ÷ time of the limit, shorter is better ({shades or 'GPU'})")
+    shades = ", ".join(f"{s} {n} threads" for s, n in zip(("dark", "light"), result["threads"]) if n) or "GPU"
+    figure.suptitle(f"{result['gpu'] or result['cpu']}: time ÷ time of the limit, shorter is better ({shades})")
     figure.subplots_adjust(left=0.22, right=0.97, top=1 - 0.75 / height, bottom=0.25 / height)
     figure.subplots_adjust(hspace=0.5 * len(records) / (0.25 * sum(sizes)))
     figure.savefig(path, dpi=110)

@@ -12,10 +12,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import machine, report, timing  # noqa: E402
-from bench.__main__ import OPS, main  # noqa: E402
-from bench.case import Case, Options, errors, worst  # noqa: E402
-from bench.run import ratio, run, share  # noqa: E402
+from bench import machine, report, timing
+from bench.__main__ import OPS, main
+from bench.case import Case, Options, errors, worst
+from bench.run import ratio, run, share
 
 CPU = torch.device("cpu")
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from itertools import repeat
 
 import torch
-from fastpost import _core
 
 from bench.case import Case, Options
+from fastpost import _core
 
 CALLS = 2000  # in one run, so that the loop around them costs 0.01 µs each
 GOALS = {"core call": 1.5e-6, "through the dispatcher": 5e-6}

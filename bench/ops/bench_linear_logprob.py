@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import fastpost
 import torch
-from fastpost.reference import linear_logprob as reference
 
+import fastpost
 from bench import limits, peers
 from bench.case import TOLERANCE, Case, Options
+from fastpost.reference import linear_logprob as reference
 
 SHAPES = ((512, 1024, 32000), (1024, 576, 49152))  # N, D, V; the second is the head of SmolLM2-135M
 SMALL = ((64, 64, 1000),)

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import fastpost
 import torch
-from fastpost.reference import preference_loss as reference
 
+import fastpost
 from bench import limits, peers
 from bench.case import TOLERANCE, Case, Options
+from fastpost.reference import preference_loss as reference
 
 SHAPES = ((512, 1024, 32000, 8), (1024, 576, 49152, 4))  # T, D, V, pairs
 SMALL = ((64, 64, 1000, 4),)

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import fastpost
 import torch
-from fastpost.reference import token_logprob as reference
 
+import fastpost
 from bench import limits, peers
 from bench.case import TOLERANCE, Case, Options
+from fastpost.reference import token_logprob as reference
 
 SHAPES = ((512, 32000), (1024, 49152))  # N, V
 SMALL = ((64, 1000),)
