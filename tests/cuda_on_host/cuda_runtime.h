@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// Found before the real cuda_runtime.h when cuda/**/*.cu is compiled as plain C++ (g++ -x c++ -I tests/cuda_on_host).
+// Supplies the few words of CUDA C++ and of the runtime API that fastpost uses. Blocks run one after the other; the
+// threads of a block are fibres (fibres.cpp), so a run is the same every time and barriers cost no system call.
+//
+// What this cannot show: memory that a GPU may not touch, races between blocks, alignment faults, speed, PTX.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+#define __shared__ static  // one block at a time, so one copy is enough
+#define FP_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(cuda_on_host::dynamic_shared())
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+// Set for the fibre that runs.
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+void __syncthreads();
+void __syncwarp(unsigned mask = 0xffffffffu);
+uint32_t __shfl_xor_sync(unsigned mask, uint32_t value, int lane_mask);
+
+inline float __fmul_rn(float a, float b) {
+  return a * b;
+}
+
+// ---- runtime API ----
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorInvalidDevice = 101 };
+using cudaStream_t = struct CUstream_st*;
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {
+  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+}
+inline cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+inline const char* cudaGetErrorName(cudaError_t e) {
+  return e == cudaErrorInvalidDevice ? "cudaErrorInvalidDevice" : "cudaErrorInvalidConfiguration";
+}
+inline const char* cudaGetErrorString(cudaError_t) {
+  return "refused by cuda_on_host";
+}
+
+namespace cuda_on_host {
+
+void* dynamic_shared();
+// Calls body(context) once per thread of every block. Throws std::runtime_error when threads wait for each other
+// forever.
+cudaError_t run(const cudaLaunchConfig_t& config, void (*body)(void*), void* context);
+// For tests of the tests: every thread walks past its n-th __syncthreads of a kernel (counted from 0; -1: none).
+void skip_barrier(int n);
+// The most __syncthreads that a thread has met in one kernel; reset to 0 by forget_barriers.
+int most_barriers();
+void forget_barriers();
+
+}  // namespace cuda_on_host
+
+template <class... Params>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
+                               std::type_identity_t<Params>... args) {
+  auto call = [&] { kernel(args...); };
+  return cuda_on_host::run(*config, [](void* p) { (*static_cast<decltype(call)*>(p))(); }, &call);
+}

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+// The functions of cuda/ops.h for Python's ctypes, which finds them by name. Tensor and Objective have C layout; an
+// exception comes back as its text, null means that all went well.
+#include <cstring>
+#include <exception>
+#include <string>
+
+#include "cuda/core/launch.h"
+#include "cuda/ops.h"
+
+namespace {
+
+namespace cuda = fastpost::cuda;
+
+template <auto F>
+struct Guarded;
+template <class... Args, void (*F)(Args...)>
+struct Guarded<F> {
+  static const char* call(Args... args) {
+    static std::string message;
+    try {
+      F(args...);
+      return nullptr;
+    } catch (const std::exception& e) {
+      message = e.what();
+      return message.c_str();
+    }
+  }
+};
+
+// Sums the rows of a matrix through dynamic shared memory, one block each. Two ways to get it wrong: half of the
+// threads pass by a barrier, or one thread waits for its warp while the others wait for the block.
+enum Mistake : int64_t { kNone, kPassBarrier, kWaitForWarp };
+
+void block_sum_kernel(const float* in, float* out, Mistake mistake) {
+  FP_DYNAMIC_SHARED(float, values);
+  values[threadIdx.x] = in[blockIdx.x * blockDim.x + threadIdx.x];
+  for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
+    if (mistake == kWaitForWarp && threadIdx.x == 0) __syncwarp();
+    if (mistake != kPassBarrier || threadIdx.x < half) __syncthreads();
+    if (threadIdx.x < half) values[threadIdx.x] += values[threadIdx.x + half];
+  }
+  if (threadIdx.x == 0) out[blockIdx.x] = values[0];
+}
+
+void block_sum(fastpost::Tensor in, fastpost::Tensor out, Mistake mistake) {
+  const cuda::Stream stream("block_sum", in);
+  const int threads = static_cast<int>(in.size(1));
+  cuda::launch(block_sum_kernel, in.size(0), threads, sizeof(float) * threads, stream, in.ptr<float>(),
+               out.ptr<float>(), mistake);
+}
+
+struct Export {
+  const char* name;
+  void* function;
+};
+template <auto F>
+void* address = reinterpret_cast<void*>(&Guarded<F>::call);
+
+const Export exports[] = {
+    {"token_logprob", address<cuda::token_logprob>},
+    {"token_logprob_backward", address<cuda::token_logprob_backward>},
+    {"linear_logprob_tile", address<cuda::linear_logprob_tile>},
+    {"linear_logprob_finish", address<cuda::linear_logprob_finish>},
+    {"linear_logprob_tile_backward", address<cuda::linear_logprob_tile_backward>},
+    {"preference_loss", address<cuda::preference_loss>},
+    {"preference_loss_backward", address<cuda::preference_loss_backward>},
+    {"block_sum", address<block_sum>},
+};
+
+}  // namespace
+
+extern "C" void* find_export(const char* name) {
+  for (const Export& e : exports) {
+    if (std::strcmp(e.name, name) == 0) return e.function;
+  }
+  return nullptr;
+}

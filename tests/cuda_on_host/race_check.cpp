@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs every kernel under ThreadSanitizer, once as it is and once without its n-th __syncthreads for each n, and prints
+// a line "KERNEL N RACES" for each run; N is -1 when nothing was left out.
+#include <cstdio>
+#include <vector>
+
+#include "cuda/ops.h"
+#include "cuda_runtime.h"
+
+namespace {
+
+using fastpost::DType;
+using fastpost::Tensor;
+namespace cuda = fastpost::cuda;
+
+constexpr int64_t kRows = 2, kColumns = 2500, kTokens = 700, kSequences = 2;
+constexpr int64_t kMatrix[] = {kRows, kColumns}, kRow[] = {kRows}, kStats[] = {5, kRows}, kToken[] = {kTokens},
+                  kSequence[] = {kSequences}, kBounds[] = {kSequences + 1}, kPair[] = {1};
+
+template <class T, int N>
+Tensor view(std::vector<T>& data, const int64_t (&shape)[N], DType dtype) {
+  Tensor t;
+  t.data = data.data();
+  t.shape = shape;
+  t.ndim = N;
+  t.dtype = dtype;
+  return t;
+}
+
+struct Buffers {
+  std::vector<uint16_t> logits = std::vector<uint16_t>(kRows * kColumns);
+  std::vector<float> a = std::vector<float>(kTokens, 0.5f), b = a, c = a, d = a, e = a, f = a, g = a;
+  std::vector<int64_t> target = std::vector<int64_t>(kTokens, 1234);
+  std::vector<int32_t> bounds = {0, 300, 700}, length = {300, 400};
+  Buffers() {
+    for (size_t i = 0; i < logits.size(); ++i) logits[i] = static_cast<uint16_t>(0x3f80 + i % 97);  // bfloat16 near 1
+  }
+  Tensor matrix() { return view(logits, kMatrix, DType::BFloat16); }
+  template <int N>
+  Tensor floats(std::vector<float>& data, const int64_t (&shape)[N]) {
+    return view(data, shape, DType::Float32);
+  }
+  template <int N>
+  Tensor targets(const int64_t (&shape)[N]) {
+    return view(target, shape, DType::Int64);
+  }
+};
+
+void token_logprob(Buffers& x) {
+  cuda::token_logprob(x.matrix(), x.targets(kRow), 1.0f, 30.0f, -100, x.floats(x.a, kRow), x.floats(x.b, kRow),
+                      x.floats(x.c, kRow));
+}
+void token_logprob_backward(Buffers& x) {  // in place
+  cuda::token_logprob_backward(x.matrix(), x.targets(kRow), 1.0f, 30.0f, -100, x.floats(x.a, kRow), x.floats(x.b, kRow),
+                               x.floats(x.c, kRow), x.floats(x.d, kRow), x.floats(x.e, kRow), x.matrix());
+}
+void linear_logprob_tile(Buffers& x) {
+  cuda::linear_logprob_tile(x.matrix(), Tensor{}, x.targets(kRow), 1000, 1.0f, 0.0f, true, x.floats(x.a, kStats));
+}
+void linear_logprob_finish(Buffers& x) {
+  cuda::linear_logprob_finish(x.floats(x.a, kStats), x.floats(x.b, kRow), x.floats(x.c, kRow), x.floats(x.d, kRow));
+}
+void linear_logprob_tile_backward(Buffers& x) {
+  cuda::linear_logprob_tile_backward(x.matrix(), Tensor{}, x.targets(kRow), 1000, 1.0f, 30.0f, x.floats(x.a, kRow),
+                                     x.floats(x.b, kRow), x.floats(x.c, kRow), x.floats(x.d, kRow), x.floats(x.e, kRow),
+                                     x.matrix());
+}
+void preference_loss(Buffers& x) {
+  const fastpost::Objective dpo{fastpost::Kind::dpo_sigmoid, {0.1}};
+  std::vector<float> loss(1), losses(1);
+  Tensor scalar = view(loss, kPair, DType::Float32);
+  scalar.ndim = 0;
+  cuda::preference_loss(x.floats(x.a, kToken), x.targets(kToken), view(x.bounds, kBounds, DType::Int32), -100, dpo,
+                        x.floats(x.b, kSequence), Tensor{}, Tensor{}, Tensor{}, scalar,
+                        view(losses, kPair, DType::Float32), x.floats(x.d, kSequence),
+                        view(x.length, kSequence, DType::Int32), x.floats(x.e, kSequence), x.floats(x.f, kSequence));
+}
+void preference_loss_backward(Buffers& x) {
+  std::vector<float> one(1, 1.0f);
+  Tensor scalar = view(one, kPair, DType::Float32);
+  scalar.ndim = 0;
+  cuda::preference_loss_backward(x.targets(kToken), view(x.bounds, kBounds, DType::Int32), -100, fastpost::Kind::sft,
+                                 view(x.length, kSequence, DType::Int32), x.floats(x.a, kSequence), scalar, Tensor{},
+                                 x.floats(x.b, kSequence), x.floats(x.c, kToken));
+}
+
+struct Entry {
+  const char* name;
+  void (*run)(Buffers&);
+};
+constexpr Entry kEntries[] = {
+    {"token_logprob", token_logprob},
+    {"token_logprob_backward", token_logprob_backward},
+    {"linear_logprob_tile", linear_logprob_tile},
+    {"linear_logprob_finish", linear_logprob_finish},
+    {"linear_logprob_tile_backward", linear_logprob_tile_backward},
+    {"preference_loss", preference_loss},
+    {"preference_loss_backward", preference_loss_backward},
+};
+
+int races = 0;
+
+}  // namespace
+
+// The sanitizer's hook; not instrumented, or it would report itself from within a report.
+extern "C" __attribute__((no_sanitize("thread"))) void __tsan_on_report(void*) {
+  ++races;
+}
+
+int main() {
+  for (const Entry& entry : kEntries) {
+    for (int skipped = -1; skipped < cuda_on_host::most_barriers(); ++skipped) {
+      cuda_on_host::skip_barrier(skipped);
+      races = 0;
+      Buffers buffers;
+      entry.run(buffers);
+      std::printf("%s %d %d\n", entry.name, skipped, races);
+    }
+    cuda_on_host::forget_barriers();
+  }
+}
