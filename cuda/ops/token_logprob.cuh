@@ -18,15 +18,17 @@ __device__ inline float max_or_nan(float a, float b) {
   return a > b || a != a ? a : b;
 }  // fmaxf would drop a NaN
 
+// Rounded by itself (__fmul_rn): fused into a later z - max, the product would no longer cancel to the exact 0 by which
+// logits at the maximum are known.
 template <bool kSoftcap>
 __device__ float transform(float a, const LogitTransform& t) {
   if constexpr (kSoftcap) a = t.softcap * tanhf(a * (1.0f / t.softcap));
-  return a * t.inverse_temperature;
+  return __fmul_rn(a, t.inverse_temperature);
 }
 
 // The same sums relative to another maximum, which is at least as high: what stood at the old one joins the rest.
 __device__ inline RowStats rescaled(const RowStats& s, float max) {
-  if (s.max == max || s.at_max == 0.0f) return {max, s.at_max, s.rest, s.weighted};
+  if (s.max == max) return s;
   const float shift = max_or_nan(kExpUnderflow, s.max - max), e = expf(shift), all = s.at_max + s.rest;
   return {max, 0.0f, e * all, e * (s.weighted + shift * all)};
 }
