@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import bench
-from bench import machine, peers, plot, report
+from bench import machine, peers, plot, report, timing
 from bench.case import Options
 from bench.run import run
 
@@ -25,11 +25,11 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("[bench] --device cuda: torch finds no GPU here. `fastpost env` tells what it does find.")
-    options = Options(device, args.quick, args.peers)
+    options = Options(device, args.quick, args.peers, args.clock)
     threads = [None] if device.type == "cuda" else args.threads or sorted({1, torch.get_num_threads()})
-    result = machine.describe(device) | {"threads": threads, "rounds": args.repeat, "cases": []}
+    result = machine.describe(device) | {"threads": threads, "rounds": args.repeat, "clock": args.clock, "cases": []}
     chip = result["gpu"] or f"{result['cpu']}, {result['hardware_threads']} hardware threads"
-    print(f"{chip}, torch {torch.__version__}, commit {result['commit']}")
+    print(f"{chip}, torch {torch.__version__}, commit {result['commit']}, {args.clock} time", flush=True)
     if peers.missing():
         print(f"Not installed, so not compared with: {', '.join(peers.missing())} (pip install 'fastpost[peers]').")
     before = machine.probe()
@@ -66,6 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", help=f"only these: {' '.join(peers.NAMES)}; nothing after it = no peer")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only cases with all these words in their names")
     parser.add_argument("--repeat", type=int, default=7, metavar="N", help="interleaved rounds (7); medians are quoted")
+    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall", help="cpu: leaves out what others took")
     parser.add_argument("--quick", action="store_true", help="small shapes: shows that everything runs, not how fast")
     parser.add_argument("--json", nargs="?", const="", metavar="FILE", help="write all times (results/<machine>.json)")
     parser.add_argument("--plot", metavar="FILE", help="draw the cases as bars (png, svg, pdf)")
@@ -74,6 +75,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         for word in given:
             if word not in known:
                 parser.error(f"{what} {word!r}: expected one of {', '.join(known)}.")
+    if args.clock == "cpu" and (args.threads != [1] or args.device != "cpu"):
+        parser.error("--clock cpu: adds up all threads and sees no GPU. Use it with --threads 1 on the CPU.")
     if args.repeat < 1:
         parser.error(f"--repeat: expected at least 1, got {args.repeat}.")
     return args

@@ -22,6 +22,7 @@ class Options:
     device: torch.device
     quick: bool = False  # small shapes: does it run at all?
     peers: list[str] | None = None  # None = all that are installed
+    clock: str = "wall"  # of timing.CLOCKS
 
 
 @dataclass

@@ -28,7 +28,7 @@ def run(op: str, case: Case, options: Options, threads: list[int], rounds: int) 
     measured = []
     for count in threads:
         with timing.threads(count):
-            times = timing.interleave(calls, rounds, options.device)
+            times = timing.interleave(calls, rounds, options.device, timing.CLOCKS[options.clock])
         times = {name: [t / case.calls for t in each] for name, each in times.items()}
         median = {name: statistics.median(each) for name, each in times.items()}
         measured.append({"threads": count, "median": median, "times": times})

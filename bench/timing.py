@@ -11,11 +11,15 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+Clock = Callable[[], float]  # seconds
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
+"""On a machine that others use too, CPU time of one thread leaves out the time that they took."""
+
 SAMPLE_SECONDS = 2e-3  # a shorter run is repeated until a sample takes this long
 SLOW = 8  # a provider this many times slower than the fastest is timed in two rounds only
 
 
-def measure(run: Callable[[int], object], first: int, count: int, device: torch.device) -> float:
+def measure(run: Callable[[int], object], first: int, count: int, device: torch.device, clock: Clock) -> float:
     """Seconds that run(first), run(first + 1), ... take each."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -26,18 +30,20 @@ def measure(run: Callable[[int], object], first: int, count: int, device: torch.
         end.record()
         torch.cuda.synchronize(device)
         return start.elapsed_time(end) / 1e3 / count
-    begin = time.perf_counter()
+    begin = clock()
     for i in range(first, first + count):
         run(i)
-    return (time.perf_counter() - begin) / count
+    return (clock() - begin) / count
 
 
-def interleave(runs: dict[str, Callable[[int], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def interleave(
+    runs: dict[str, Callable[[int], object]], rounds: int, device: torch.device, clock: Clock = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds a call, per provider and round. Every run is called twice before the first round."""
     once = {}
     for name, run in runs.items():
         run(0)
-        once[name] = measure(run, 1, 1, device)
+        once[name] = measure(run, 1, 1, device, clock)
     count = {name: max(1, math.ceil(SAMPLE_SECONDS / max(t, 1e-8))) for name, t in once.items()}
     rare = {name for name, t in once.items() if t > SLOW * min(once.values()) and t > 1}
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -45,7 +51,7 @@ def interleave(runs: dict[str, Callable[[int], object]], rounds: int, device: to
         for turn in range(rounds):
             for name in list(runs)[:: -1 if turn % 2 else 1]:
                 if not (name in rare and turn >= 2):
-                    times[name].append(measure(runs[name], turn * count[name], count[name], device))
+                    times[name].append(measure(runs[name], turn * count[name], count[name], device, clock))
             gc.collect()  # between rounds, outside every measurement
     return times
 

@@ -70,13 +70,13 @@ def test_errors_are_relative_and_name_the_worst_row():
 
 def test_providers_take_turns_in_alternating_order(monkeypatch):
     seen = []
-    monkeypatch.setattr(timing, "measure", lambda run, first, count, device: seen.append(run(0)) or 1.0)
+    monkeypatch.setattr(timing, "measure", lambda run, *_: seen.append(run(0)) or 1.0)
     timing.interleave({name: lambda i, n=name: n for name in "abc"}, 3, CPU)
     assert "".join(seen) == "abc" + "abc" + "cba" + "abc", "one warm-up, then rounds"
 
 
 def test_a_slow_provider_is_spared_but_measured(monkeypatch):
-    monkeypatch.setattr(timing, "measure", lambda run, first, count, device: run(0))
+    monkeypatch.setattr(timing, "measure", lambda run, *_: run(0))
     times = timing.interleave({"a": lambda i: 1.0, "b": lambda i: 20.0}, 5, CPU)
     assert len(times["a"]) == 5 and len(times["b"]) == 2
 
@@ -110,8 +110,15 @@ def test_every_op_runs_and_agrees(op, tmp_path, capsys):
         assert all(t > 0 for m in record["measured"] for each in m["times"].values() for t in each)
 
 
-@pytest.mark.parametrize("arguments, said", [(["linear_logprop"], "token_logprob"), (["--peers", "jax"], "trl"),
-                                             (["--repeat", "0"], "at least 1")])  # fmt: skip
+BAD_ARGUMENTS = [
+    (["linear_logprop"], "token_logprob"),
+    (["--peers", "jax"], "trl"),
+    (["--repeat", "0"], "at least 1"),
+    (["--clock", "cpu"], "--threads 1"),
+]
+
+
+@pytest.mark.parametrize("arguments, said", BAD_ARGUMENTS)
 def test_bad_arguments_name_the_good_ones(arguments, said, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
