@@ -47,7 +47,7 @@ def _event(formula: str, unit: str) -> Step:
 TRAINING = (
     Family(
         "gifts",
-        {"a": (20, 90), "b": (5, 40), "c": (3, 25), "e": (4, 30)},
+        {"a": (12, 60), "b": (5, 30), "c": (3, 15), "e": (3, 20)},
         (
             "{A} has {a} {things}. {B} gives {A} {b} more, and then {A} loses {c}. {event}"
             "How many {things} does {A} have in the end?",
@@ -64,7 +64,7 @@ TRAINING = (
     ),
     Family(
         "boxes",
-        {"n": (3, 12), "m": (4, 24), "k": (3, 30), "e": (3, 20)},
+        {"n": (2, 9), "m": (3, 12), "k": (3, 20), "e": (2, 12)},
         (
             "{A} buys {n} {boxes} with {m} {things} in each, and {k} loose {things}. {event}"
             "How many {things} can {A} use?",
@@ -81,7 +81,7 @@ TRAINING = (
     ),
     Family(
         "change",
-        {"n": (2, 9), "p": (3, 18), "m": (30, 200), "e": (2, 12)},
+        {"n": (2, 9), "p": (2, 12), "m": (20, 100), "e": (2, 9)},
         (
             "{A} buys {n} {things} for {p} dollars each and pays with {m} dollars. {event}"
             "How many dollars does {A} get back?",
@@ -98,7 +98,7 @@ TRAINING = (
     ),
     Family(
         "sharing",
-        {"a": (15, 80), "b": (10, 60), "n": (2, 9), "e": (3, 20)},
+        {"a": (10, 40), "b": (8, 40), "n": (2, 9), "e": (2, 15)},
         (
             "{A} brings {a} {things} and {B} brings {b}. {event}{n} children share them equally. "
             "How many {things} does each child get?",
@@ -115,7 +115,7 @@ TRAINING = (
     ),
     Family(
         "wages",
-        {"h": (3, 8), "d": (2, 6), "r": (8, 20), "s": (15, 90), "e": (5, 40)},
+        {"h": (2, 6), "d": (2, 5), "r": (5, 12), "s": (10, 60), "e": (5, 30)},
         (
             "{A} works {h} hours a day for {d} days, earns {r} dollars an hour and spends {s} dollars on food. {event}"
             "How many dollars of the pay are left?",
@@ -133,7 +133,7 @@ TRAINING = (
     ),
     Family(
         "times as many",
-        {"a": (6, 40), "k": (2, 6), "e": (4, 30)},
+        {"a": (4, 45), "k": (2, 6), "e": (3, 20)},
         (
             "{A} picks {a} {things}. {B} picks {k} times as many. {event}How many {things} do the two have together?",
             "{B} has {k} times as many {things} as {A}, who has {a}. {event}How many {things} do both have in total?",
@@ -148,7 +148,7 @@ TRAINING = (
     ),
     Family(
         "fewer",
-        {"a": (25, 95), "d": (4, 22), "e": (3, 30)},
+        {"a": (15, 60), "d": (3, 14), "e": (3, 20)},
         (
             "{A} scored {a} points and {B} scored {d} points fewer. {event}How many points does their team have?",
             "In a game {B} got {d} points fewer than {A}, who got {a}. {event}How many points did their team get?",
@@ -163,7 +163,7 @@ TRAINING = (
     ),
     Family(
         "trip",
-        {"s": (20, 70), "h": (2, 6), "v": (8, 40), "g": (2, 5), "e": (3, 25)},
+        {"s": (10, 40), "h": (2, 5), "v": (5, 30), "g": (2, 5), "e": (3, 20)},
         (
             "{A} drives {h} hours at {s} miles an hour and then {g} hours at {v} miles an hour. {event}"
             "How many miles long is the whole trip?",
@@ -181,7 +181,7 @@ TRAINING = (
     ),
     Family(
         "book",
-        {"t": (120, 400), "p": (8, 30), "d": (3, 9), "e": (5, 30)},
+        {"t": (60, 200), "p": (5, 15), "d": (2, 9), "e": (3, 20)},
         (
             "A book has {t} pages. {A} reads {p} pages a day for {d} days. {event}How many pages are still to be read?",
             "{A} has read {p} pages on each of {d} days. {event}The book has {t} pages. How many pages remain?",
@@ -196,7 +196,7 @@ TRAINING = (
     ),
     Family(
         "minutes",
-        {"h": (2, 8), "m": (5, 55), "e": (5, 40)},
+        {"h": (2, 6), "m": (5, 55), "e": (5, 30)},
         (
             "{A} spends {h} hours and {m} minutes at a rehearsal. {event}How many minutes does {A} really play?",
             "A concert lasts {h} hours and {m} minutes. {event}For how many minutes is there music?",
@@ -211,7 +211,7 @@ TRAINING = (
     ),
     Family(
         "dozens",
-        {"n": (3, 15), "u": (5, 30), "e": (4, 25)},
+        {"n": (2, 9), "u": (4, 25), "e": (3, 20)},
         (
             "A baker makes {n} dozen rolls and sells {u}. {event}How many rolls does the baker have?",
             "{A} orders {n} dozen rolls for a party, where {u} are eaten. {event}How many rolls does {A} still have?",
@@ -226,7 +226,7 @@ TRAINING = (
     ),
     Family(
         "fence",
-        {"l": (10, 40), "w": (5, 30), "p": (3, 9), "e": (2, 9)},
+        {"l": (6, 25), "w": (3, 15), "p": (2, 6), "e": (2, 6)},
         (
             "A field is {l} metres long and {w} metres wide. {event}A fence all around it costs {p} dollars a metre. "
             "How many dollars is that in total?",
@@ -243,7 +243,7 @@ TRAINING = (
     ),
     Family(
         "seats",
-        {"r": (5, 20), "s": (6, 24), "t": (10, 90), "e": (4, 25)},
+        {"r": (3, 12), "s": (4, 12), "t": (8, 60), "e": (2, 15)},
         (
             "A hall has {r} rows of {s} seats, and {t} seats are taken. {event}How many seats are free?",
             "{t} people sit in a hall with {r} rows of {s} seats. {event}How many more people can sit down?",
@@ -258,7 +258,7 @@ TRAINING = (
     ),
     Family(
         "half",
-        {"a": (20, 120), "b": (5, 50), "e": (3, 25)},
+        {"a": (10, 80), "b": (4, 30), "e": (2, 15)},
         (
             "{A} gives half of {a} {things} to {B} and then buys {b} new ones. {event}How many {things} does {A} have?",
             "Half of the {a} {things} of {A} are sold. Then {A} gets {b} {things} from {C}. {event}"
@@ -277,7 +277,7 @@ TRAINING = (
 HELD_OUT = (
     Family(
         "tank",
-        {"i": (8, 25), "o": (2, 9), "m": (3, 12), "e": (5, 60)},
+        {"i": (6, 20), "o": (2, 9), "m": (2, 9), "e": (4, 40)},
         (
             "Every minute {i} litres flow into a tank and {o} litres leak out. {event}"
             "How many litres are in it after {m} minutes?",
@@ -294,7 +294,7 @@ HELD_OUT = (
     ),
     Family(
         "goal",
-        {"g": (80, 300), "h": (10, 70), "w": (3, 15), "e": (5, 40)},
+        {"g": (50, 200), "h": (8, 50), "w": (2, 12), "e": (4, 30)},
         (
             "{A} wants a bike for {g} dollars, has {h} dollars and saves {w} dollars a week. {event}"
             "For how many weeks must {A} save?",
@@ -311,7 +311,7 @@ HELD_OUT = (
     ),
     Family(
         "tickets",
-        {"a": (2, 9), "p": (8, 20), "k": (2, 9), "q": (3, 9), "e": (4, 30)},
+        {"a": (2, 6), "p": (6, 12), "k": (2, 6), "q": (2, 6), "e": (3, 20)},
         (
             "{a} adults and {k} children go to a play. Tickets are {p} dollars for adults, {q} dollars for children. "
             "{event}How many dollars do they pay?",
@@ -329,7 +329,7 @@ HELD_OUT = (
     ),
     Family(
         "weeks",
-        {"w": (2, 9), "n": (2, 12), "u": (5, 40), "e": (3, 30)},
+        {"w": (2, 6), "n": (2, 9), "u": (4, 30), "e": (3, 20)},
         (
             "A hen lays {n} eggs every day for {w} weeks. {A} sells {u} of the eggs. {event}How many eggs are left?",
             "For {w} weeks {A} folds {n} paper stars each day, and then gives {u} of them to {B}. {event}"
@@ -346,7 +346,7 @@ HELD_OUT = (
     ),
     Family(
         "bunches",
-        {"r": (4, 12), "p": (6, 20), "k": (3, 9), "e": (3, 20)},
+        {"r": (3, 9), "p": (4, 12), "k": (2, 9), "e": (2, 15)},
         (
             "{A} plants {r} rows of {p} tulips. {event}They are tied in bunches of {k}. How many bunches are there?",
             "In a garden {r} rows of {p} roses grow. {event}{A} ties bunches of {k}. How many bunches are made?",

@@ -16,7 +16,7 @@ Each row has TRL's columns ``prompt``, ``chosen``, ``rejected`` (message lists) 
     error_step  the first line (from 0) in which the rejected solution leaves the right path
 
 Both solutions of a row are written in the same words, end in the same format, and differ only in what the error
-changes. The wrong number is larger than the right one half of the time, and stays within a factor of three of it. So
+changes. The wrong number is larger than the right one half of the time, and stays within a factor of two of it. So
 length, wording and size of the answer do not tell right from wrong: one has to follow the arithmetic.
 
 The rows are a pure function of (split, seed, index). Splits never share a problem: a family's numbers are used once.
@@ -55,14 +55,14 @@ OPERATIONS = {
     "*": lambda left, right: left * right,
     "/": lambda left, right: left // right if right and left % right == 0 else -1,
 }
-CONFUSED = {"+": "-", "-": "+/", "*": "+/", "/": "*-"}
+CONFUSED = {"+": "-", "-": "+/", "*": "+/", "/": "-"}
 # literals in a formula are unit factors; these are the ones people confuse them with
 WRONG_FACTORS = {"60": (24, 50, 90, 100), "12": (6, 10, 15, 20), "7": (5, 6, 8, 10), "2": (3, 4)}
 # how often a mistake is made where it is possible. What makes a wrong answer larger is possible more often than what
 # makes it smaller; the weights of the operations even that out, so that each sign is as frequent in right as in wrong.
-WEIGHTS = {"slip": 2, "operands": 3, "unit": 3, "dropped": 5, "decoy": 5}
-WEIGHTS |= {"- for +": 6, "+ for -": 2, "+ for *": 0.4, "* for /": 2, "/ for *": 3, "- for /": 1, "/ for -": 3}
-LARGEST, FACTOR, TRIES = 2000, 3, 20000
+WEIGHTS = {"slip": 0.6, "operands": 3, "unit": 3, "dropped": 6, "decoy": 5}
+WEIGHTS |= {"- for +": 6, "+ for -": 2, "+ for *": 0.3, "/ for *": 3, "- for /": 1, "/ for -": 3}
+LARGEST, FACTOR, TRIES = 999, 2, 20000
 
 
 class Line(NamedTuple):
