@@ -3,10 +3,12 @@
 they may, no file is a monster or a drawer for everything, nothing is left half done."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -220,6 +222,25 @@ def test_new_op_compiles_as_cuda(tree, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_new_op_runs_on_host(tree, tmp_path):
+    """The CUDA kernel of the stub, by the machinery of tests/cuda_on_host."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ here")
+    code = f"""if True:
+        import pathlib, sys, torch
+        sys.path.insert(0, "tests/cuda_on_host")
+        import on_host
+        core = on_host.Core(on_host.build_library(pathlib.Path(sys.argv[1])))
+        x, out = torch.arange(1500.0).view(5, 300), torch.full((5,), torch.nan)
+        core.{NEW}(x, out)
+        assert torch.equal(out, x.sum(1)), out
+        core.{NEW}_backward(out, x)
+        assert torch.equal(x, out[:, None].expand(5, 300))
+    """
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_new_op_builds_and_passes_its_own_tests(tree, tmp_path):
     """A whole build: about a minute."""
@@ -230,7 +251,8 @@ def test_new_op_builds_and_passes_its_own_tests(tree, tmp_path):
         flags.append("--no-build-isolation")
     done = subprocess.run([sys.executable, "-m", "pip", "install", *flags, tree], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    first = f"import sys; sys.path.insert(0, {site!r}); import pytest, fastpost; assert {site!r} in fastpost.__file__"
-    code = f"{first}; sys.exit(pytest.main(['tests/ops/test_{NEW}.py', '-p', 'no:cacheprovider']))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
+    # -S: an editable fastpost of this environment would come first.
+    path = os.pathsep.join([site, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    command = [sys.executable, "-S", "-m", "pytest", "-p", "no:cacheprovider", f"tests/ops/test_{NEW}.py"]
+    done = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

@@ -146,6 +146,7 @@ def test_gpu_advice():
     base = {"fastpost": {}, "environment": {}, "gpu": {"gpus": [{"name": "T4", "capability": "7.5"}]}}
     off = base | {"torch": {"version": "2.13.0", "cuda": None}, "core": {"cuda": "off"}}
     assert [line[:18] for line in env.gpu_unused(off)] == ["There is a GPU, bu"] * 2
+    assert env.gpu_unused(off)[1].endswith("FASTPOST_CUDA=ON pip install --force-reinstall --no-deps .")
     on = base | {"torch": {"version": "2.13.0", "cuda": "13.0"}, "core": {"cuda": "80,90a"}}
     (line,) = env.gpu_unused(on)
     assert "does not run on T4 (7.5)" in line and "FASTPOST_CUDA_ARCHITECTURES=75-real" in line

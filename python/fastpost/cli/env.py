@@ -17,7 +17,8 @@ VARIABLES = {
     "FASTPOST_ISA": "baseline, avx2, avx512 or avx512bf16 instead of the best that the CPU has",
     "FASTPOST_TRACEBACK": "1 = the command shows a traceback instead of one sentence",
 }
-"""Every variable that fastpost itself reads."""
+"""Every variable that fastpost itself reads when it runs."""
+BUILD_VARIABLES = ("FASTPOST_CUDA",)  # pyproject.toml reads them: they say nothing about what is installed
 
 
 def main(argv: list[str]) -> int:
@@ -66,7 +67,8 @@ def gpu_unused(report: dict) -> list[str]:
     if seen and "version" in report["torch"] and report["torch"]["cuda"] is None:
         lines.append("There is a GPU, but this torch has no CUDA. Install a torch with CUDA 13.")
     if seen and core.get("cuda") == "off":
-        lines.append(f"There is a GPU, but this core has no CUDA kernels. {REBUILD} -C cmake.define.FASTPOST_CUDA=ON")
+        rebuild = REBUILD.replace("pip", "FASTPOST_CUDA=ON pip")
+        lines.append(f"There is a GPU, but this core has no CUDA kernels. {rebuild}")
     elif core.get("cuda"):
         for gpu in seen:
             if not runs_on(core["cuda"], gpu["capability"]):
@@ -91,7 +93,7 @@ def variables(report: dict) -> list[str]:
     for name in report["environment"]:
         if name in VARIABLES:
             lines.append(f"{name} is set: {VARIABLES[name]}.")
-        elif name.startswith("FASTPOST_"):
+        elif name.startswith("FASTPOST_") and name not in BUILD_VARIABLES:
             near = difflib.get_close_matches(name, VARIABLES, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             lines.append(f"{name} is set, but fastpost reads no such variable.{hint}")
