@@ -13,13 +13,13 @@
 
 namespace fastpost {
 
-// ---- token_logprob: from logits that exist ---------------------------------------------------------------------------
+// ---- token_logprob: from logits that exist --------------------------------------------------------------------------
 
 // logprob[i] = z[i, target[i]] - lse[i], lse[i] = log Σ_j e^z[i, j], entropy[i] = lse[i] - Σ_j p[i, j]·z[i, j].
 // logits [N, V] with contiguous rows, target [N] int64; out: logprob [N], lse [N], entropy? [N], all float32.
 // Ignored rows: logprob = 0, entropy = 0, lse = 0.
-void token_logprob(Tensor logits, Tensor target, float temperature, float softcap, int64_t ignore_index,
-                   Tensor logprob, Tensor lse, Tensor entropy);
+void token_logprob(Tensor logits, Tensor target, float temperature, float softcap, int64_t ignore_index, Tensor logprob,
+                   Tensor lse, Tensor entropy);
 
 // grad_logits = d(Σ_i grad_logprob[i]·logprob[i] + grad_entropy[i]·entropy[i]) / d logits, in the dtype of logits, which
 // it may overwrite. Rows that are ignored or have zero gradients become zero without being read. logprob, lse and
@@ -28,7 +28,7 @@ void token_logprob_backward(Tensor logits, Tensor target, float temperature, flo
                             Tensor logprob, Tensor lse, Tensor entropy, Tensor grad_logprob, Tensor grad_entropy,
                             Tensor grad_logits);
 
-// ---- linear_logprob: from logits that come a tile at a time ------------------------------------------------------------
+// ---- linear_logprob: from logits that come a tile at a time ---------------------------------------------------------
 // logits = hidden · weightᵀ never exists as a whole: the caller makes tiles [n, v] that hold rows of N and the vocabulary
 // slice [vocab_start, vocab_start + v), with the framework's own GEMM, and these functions do everything between GEMMs.
 
@@ -51,7 +51,7 @@ void linear_logprob_tile_backward(Tensor logits, Tensor bias, Tensor target, int
                                   float softcap, Tensor logprob, Tensor lse, Tensor entropy, Tensor grad_logprob,
                                   Tensor grad_entropy, Tensor grad_logits);
 
-// ---- preference_loss: from token log-probs to a loss ------------------------------------------------------------------
+// ---- preference_loss: from token log-probs to a loss ----------------------------------------------------------------
 
 // Sums logprob over the scored tokens (target != ignore_index) of each packed sequence, then evaluates an objective of
 // objectives.h (kind, params: core() in objectives.py) and its derivative.

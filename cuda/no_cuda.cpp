@@ -9,9 +9,10 @@ namespace fastpost::cuda {
 namespace {
 
 [[noreturn]] void no_cuda(const char* op) {
-  throw std::runtime_error("[" + std::string(op) +
-                           "] got a CUDA tensor, but this fastpost was built without CUDA. Move the tensors to the CPU, or rebuild on "
-                           "a machine with nvcc: pip install . -C cmake.define.FASTPOST_CUDA=ON");
+  throw std::runtime_error(
+      "[" + std::string(op) +
+      "] got a CUDA tensor, but this fastpost was built without CUDA. Move the tensors to the CPU, or rebuild on "
+      "a machine with nvcc: FASTPOST_CUDA=ON pip install .");
 }
 
 }  // namespace

@@ -9,8 +9,8 @@
 namespace fastpost::cuda {
 
 // Target indices are not read back to be checked (that would stop the host): a row with one out of range gets NaN.
-void token_logprob(Tensor logits, Tensor target, float temperature, float softcap, int64_t ignore_index,
-                   Tensor logprob, Tensor lse, Tensor entropy);
+void token_logprob(Tensor logits, Tensor target, float temperature, float softcap, int64_t ignore_index, Tensor logprob,
+                   Tensor lse, Tensor entropy);
 void token_logprob_backward(Tensor logits, Tensor target, float temperature, float softcap, int64_t ignore_index,
                             Tensor logprob, Tensor lse, Tensor entropy, Tensor grad_logprob, Tensor grad_entropy,
                             Tensor grad_logits);

@@ -8,6 +8,7 @@ namespace fastpost {
 
 std::vector<std::pair<std::string, std::string>> build_info() {
   const std::string archs = FASTPOST_CUDA_ARCHS;
+  // clang-format off
   return {
       {"version", FASTPOST_VERSION},
       {"compiler", __VERSION__},
@@ -15,6 +16,7 @@ std::vector<std::pair<std::string, std::string>> build_info() {
       {"cpu_isa", name(cpu_isa())},
       {"threads", thread_source()},
   };
+  // clang-format on
 }
 
 }  // namespace fastpost

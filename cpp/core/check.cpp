@@ -45,8 +45,7 @@ void expect(const char* op, const char* argument, const Tensor& t, std::initiali
             std::initializer_list<int64_t> shape, Layout layout, const Tensor* like) {
   auto expected = [&] { return expected_text(dtypes, shape); };
   if (!t.defined()) fail(op, argument, expected(), "None");
-  if (t.refused) fail(op, argument, "a plain torch.Tensor, " + expected(), t.refused,
-                      "Pass a dense strided tensor.");
+  if (t.refused) fail(op, argument, "a plain torch.Tensor, " + expected(), t.refused, "Pass a dense strided tensor.");
   bool dtype_ok = false;
   for (DType d : dtypes) dtype_ok |= d == t.dtype;
   bool shape_ok = t.ndim == static_cast<int>(shape.size());
@@ -54,14 +53,16 @@ void expect(const char* op, const char* argument, const Tensor& t, std::initiali
   if (!dtype_ok || !shape_ok) fail(op, argument, expected(), describe(t));
   // FakeTensor, DTensor and other wrapper subclasses pass every test above but carry no memory.
   if (!t.data && t.numel() > 0) {
-    fail(op, argument, expected() + " with memory of its own", "a wrapper tensor without storage (FakeTensor, DTensor, …)",
+    fail(op, argument, expected() + " with memory of its own",
+         "a wrapper tensor without storage (FakeTensor, DTensor, …)",
          "For a DTensor pass t.to_local() or t.full_tensor(); a FakeTensor works only inside torch.compile.");
   }
   if (like && (t.device != like->device || t.device_index != like->device_index)) {
     fail(op, argument, "a tensor on " + device_text(*like), describe(t), "Move it with .to(device).");
   }
-  bool layout_ok = layout == Layout::Strided || (layout == Layout::Contiguous && t.contiguous()) ||
-                   (layout == Layout::ContiguousRows && (t.numel() == 0 || t.size(t.ndim - 1) == 1 || t.stride(t.ndim - 1) == 1));
+  bool layout_ok =
+      layout == Layout::Strided || (layout == Layout::Contiguous && t.contiguous()) ||
+      (layout == Layout::ContiguousRows && (t.numel() == 0 || t.size(t.ndim - 1) == 1 || t.stride(t.ndim - 1) == 1));
   if (!layout_ok) {
     std::string strides;
     for (int i = 0; i < t.ndim; ++i) strides += (i ? ", " : "") + std::to_string(t.stride(i));

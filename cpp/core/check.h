@@ -26,9 +26,9 @@ void expect(const char* op, const char* argument, const Tensor& t, std::initiali
             std::initializer_list<int64_t> shape, Layout layout = Layout::Contiguous, const Tensor* like = nullptr);
 
 // The same for an argument that may be None.
-inline void expect_optional(const char* op, const char* argument, const Tensor& t,
-                            std::initializer_list<DType> dtypes, std::initializer_list<int64_t> shape,
-                            Layout layout = Layout::Contiguous, const Tensor* like = nullptr) {
+inline void expect_optional(const char* op, const char* argument, const Tensor& t, std::initializer_list<DType> dtypes,
+                            std::initializer_list<int64_t> shape, Layout layout = Layout::Contiguous,
+                            const Tensor* like = nullptr) {
   if (t.defined()) expect(op, argument, t, dtypes, shape, layout, like);
 }
 

@@ -30,7 +30,8 @@ Isa choose() {
   for (Isa isa : kAll) {
     if (std::strcmp(wanted, name(isa)) == 0) {
       if (isa <= best()) return isa;
-      throw std::invalid_argument("FASTPOST_ISA=" + std::string(wanted) + ": this CPU has only up to " + name(best()) + ".");
+      throw std::invalid_argument("FASTPOST_ISA=" + std::string(wanted) + ": this CPU has only up to " + name(best()) +
+                                  ".");
     }
   }
   throw std::invalid_argument("FASTPOST_ISA=" + std::string(wanted) +

@@ -11,6 +11,7 @@ const char* name(Isa isa);
 
 // Picks the copy of a kernel table that was compiled for this CPU. A *_simd.cpp file defines `const Table* table()` in
 // namespace fastpost::<isa>; FP_DECLARE_SIMD(Table, table) declares them all and defines fastpost::table().
+// clang-format off
 #ifdef FP_X86_DISPATCH
 #define FP_DECLARE_SIMD(Table, table)          \
   namespace baseline { const Table* table(); } \
@@ -33,5 +34,6 @@ const char* name(Isa isa);
   namespace baseline { const Table* table(); } \
   inline const Table& table() { return *baseline::table(); }
 #endif
+// clang-format on
 
 }  // namespace fastpost

@@ -37,7 +37,7 @@ void parallel_for(int64_t n, int64_t grain, F&& f) {
       chunks,
       [](void* p, int chunk) {
         auto& c = *static_cast<Context*>(p);
-        (*c.f)(c.n * chunk / c.chunks, c.n * (chunk + 1) / c.chunks);
+        (*c.f)(chunk* c.n / c.chunks, (chunk + 1) * c.n / c.chunks);
       },
       &context);
 }

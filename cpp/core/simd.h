@@ -37,7 +37,9 @@ inline float to_float(float16 h) {
 template <class T>
 T from_float(float x);
 template <>
-inline float from_float<float>(float x) { return x; }
+inline float from_float<float>(float x) {
+  return x;
+}
 template <>
 inline bfloat16 from_float<bfloat16>(float x) {  // round to nearest even
   const uint32_t u = float_to_bits(x);
@@ -68,9 +70,7 @@ inline F32 load(const bfloat16* p) {
   const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
 }
-inline F32 load(const float16* p) {
-  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-}
+inline F32 load(const float16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 inline void store(float* p, F32 x) { _mm512_storeu_ps(p, x.v); }
 inline void store(bfloat16* p, F32 x) {
 #if defined(__AVX512BF16__)
@@ -167,7 +167,9 @@ struct F32 {
   return r
 inline F32 broadcast(float x) { FP_LANES(x); }
 template <class T>
-inline F32 load(const T* p) { FP_LANES(to_float(p[i])); }
+inline F32 load(const T* p) {
+  FP_LANES(to_float(p[i]));
+}
 template <class T>
 inline void store(T* p, F32 x) {
   for (int i = 0; i < F32::width; ++i) p[i] = from_float<T>(x.v[i]);

@@ -18,8 +18,8 @@ struct Tensor {
   DType dtype = DType::Other;
   Device device = Device::CPU;
   int device_index = 0;
-  void* stream = nullptr;          // the framework's current stream of a CUDA tensor
-  const char* refused = nullptr;   // set when the object is no plain strided tensor; says what it is
+  void* stream = nullptr;         // the framework's current stream of a CUDA tensor
+  const char* refused = nullptr;  // set when the object is no plain strided tensor; says what it is
 
   bool defined() const { return ndim >= 0; }
   int64_t size(int i) const { return shape[i]; }

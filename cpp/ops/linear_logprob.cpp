@@ -104,8 +104,8 @@ void linear_logprob_tile_backward(Tensor logits, Tensor bias, Tensor target, int
     for (int64_t i = begin; i < end; ++i) {
       const float h = grad_entropy.defined() ? grad_entropy.ptr<float>()[i] : 0.0f;
       kernels.gradient(logits.dtype, logits.row(i), bias.data, v, transform, local_target(target, i, vocab_start, v),
-                       logprob.ptr<float>()[i], lse.ptr<float>()[i], h != 0 ? entropy.ptr<float>()[i] : 0.0f, grad_logprob.ptr<float>()[i], h,
-                       grad_logits.row(i));
+                       logprob.ptr<float>()[i], lse.ptr<float>()[i], h != 0 ? entropy.ptr<float>()[i] : 0.0f,
+                       grad_logprob.ptr<float>()[i], h, grad_logits.row(i));
     }
   });
 }

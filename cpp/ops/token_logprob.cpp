@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "ops/token_logprob_simd.h"
-
 #include "core/check.h"
 #include "core/parallel.h"
 #include "cuda/ops.h"
 #include "ops.h"
+#include "ops/token_logprob_simd.h"
 
 namespace fastpost {
 namespace {
@@ -13,8 +12,8 @@ constexpr int64_t kGrain = 1;  // a row is tens of microseconds: every row is wo
 
 }  // namespace
 
-void token_logprob(Tensor logits, Tensor target, float temperature, float softcap, int64_t ignore_index,
-                   Tensor logprob, Tensor lse, Tensor entropy) {
+void token_logprob(Tensor logits, Tensor target, float temperature, float softcap, int64_t ignore_index, Tensor logprob,
+                   Tensor lse, Tensor entropy) {
   constexpr const char* op = "token_logprob";
   expect(op, "logits", logits, kFloats, {kAny, kAny}, Layout::ContiguousRows);
   const int64_t n = logits.size(0), v = logits.size(1);

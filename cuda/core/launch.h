@@ -67,9 +67,7 @@ void launch(void (*kernel)(Params...), int64_t grid, int block, size_t smem, con
   stream.check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
 }
 
-constexpr int64_t blocks_for(int64_t items, int per_block) {
-  return (items + per_block - 1) / per_block;
-}
+constexpr int64_t blocks_for(int64_t items, int per_block) { return (items + per_block - 1) / per_block; }
 
 // A run-time option as a template argument: with_flag(x, [&](auto flag) { kernel<decltype(flag)::value> ... }).
 template <class F>

@@ -13,12 +13,8 @@
 namespace fastpost::cuda {
 
 #ifdef __CUDACC__
-__device__ inline float to_float(float x) {
-  return x;
-}
-__device__ inline float to_float(bfloat16 x) {
-  return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
-}
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(bfloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 __device__ inline float to_float(float16 x) {
   float f;
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x.bits));

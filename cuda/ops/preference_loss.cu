@@ -20,9 +20,7 @@ __device__ inline Totals block_sum(Totals mine) {
 }
 
 // Positions come from the GPU unchecked; no value of theirs may lead outside [0, tokens].
-__device__ inline int64_t clamped(int64_t x, int64_t low, int64_t high) {
-  return x < low ? low : x > high ? high : x;
-}
+__device__ inline int64_t clamped(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
 // What the mean loss divides by: pairs, sequences or scored tokens.
 struct Denominator {
@@ -130,9 +128,7 @@ __global__ void __launch_bounds__(kThreads)
   grad_logprob[t] = static_cast<float>(grad);
 }
 
-int per_group(Kind kind) {
-  return needs(kind).pairs ? 2 : 1;
-}
+int per_group(Kind kind) { return needs(kind).pairs ? 2 : 1; }
 
 }  // namespace
 

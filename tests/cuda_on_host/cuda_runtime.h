@@ -30,9 +30,7 @@ void __syncthreads();
 void __syncwarp(unsigned mask = 0xffffffffu);
 uint32_t __shfl_xor_sync(unsigned mask, uint32_t value, int lane_mask);
 
-inline float __fmul_rn(float a, float b) {
-  return a * b;
-}
+inline float __fmul_rn(float a, float b) { return a * b; }
 
 // ---- runtime API ----
 
@@ -49,18 +47,12 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaSetDevice(int device) {
-  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
-}
-inline cudaError_t cudaGetLastError() {
-  return cudaSuccess;
-}
+inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorName(cudaError_t e) {
   return e == cudaErrorInvalidDevice ? "cudaErrorInvalidDevice" : "cudaErrorInvalidConfiguration";
 }
-inline const char* cudaGetErrorString(cudaError_t) {
-  return "refused by cuda_on_host";
-}
+inline const char* cudaGetErrorString(cudaError_t) { return "refused by cuda_on_host"; }
 
 namespace cuda_on_host {
 

@@ -15,12 +15,8 @@
 #ifdef CUDA_ON_HOST_TSAN
 #include <sanitizer/tsan_interface.h>
 #else
-static void* __tsan_get_current_fiber() {
-  return nullptr;
-}
-static void* __tsan_create_fiber(unsigned) {
-  return nullptr;
-}
+static void* __tsan_get_current_fiber() { return nullptr; }
+static void* __tsan_create_fiber(unsigned) { return nullptr; }
 static void __tsan_switch_to_fiber(void*, unsigned) {}
 static void __tsan_acquire(void*) {}
 static void __tsan_release(void*) {}
@@ -146,18 +142,10 @@ void run_block(bool reversed) {
 
 }  // namespace
 
-void* dynamic_shared() {
-  return machine.dynamic.data();
-}
-void skip_barrier(int n) {
-  machine.skipped_barrier = n;
-}
-int most_barriers() {
-  return machine.most_barriers;
-}
-void forget_barriers() {
-  machine.most_barriers = 0;
-}
+void* dynamic_shared() { return machine.dynamic.data(); }
+void skip_barrier(int n) { machine.skipped_barrier = n; }
+int most_barriers() { return machine.most_barriers; }
+void forget_barriers() { machine.most_barriers = 0; }
 
 cudaError_t run(const cudaLaunchConfig_t& config, void (*body)(void*), void* context) {
   const dim3 grid = config.gridDim, block = config.blockDim;

@@ -103,9 +103,7 @@ int races = 0;
 }  // namespace
 
 // The sanitizer's hook; not instrumented, or it would report itself from within a report.
-extern "C" __attribute__((no_sanitize("thread"))) void __tsan_on_report(void*) {
-  ++races;
-}
+extern "C" __attribute__((no_sanitize("thread"))) void __tsan_on_report(void*) { ++races; }
 
 int main() {
   for (const Entry& entry : kEntries) {
