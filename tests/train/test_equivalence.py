@@ -2,16 +2,21 @@
 """How rows are cut and packed must not show: every split gives the curve of a plain torch loop over single
 sequences."""
 
+import json
+
 import pytest
 import torch
 
 import runs
 import tiny
 from fastpost import objectives
+from fastpost.data.collate import Example, Sequence, collate
 from fastpost.data.loader import load_dataset, order
 from fastpost.hf import folder
+from fastpost.hf.model import backbone
 from fastpost.train import metrics
 from fastpost.train.loop import train
+from fastpost.train.recompute import recompute
 
 OBJECTIVES = {
     "sft": {"name": "sft"},  # mean over tokens: a mean of micro-batch means would be wrong
@@ -24,12 +29,6 @@ SPLITS = {
     "8 x 1": ["--train.micro_batch_size", "1"],
     "3 + 3 + 2": ["--train.micro_batch_size", "3"],
     "by tokens": ["--train.max_tokens_per_micro_batch", "150"],
-    "1 x 8, gradient checkpointing": [
-        "--train.max_tokens_per_micro_batch",
-        "100000",
-        "--train.gradient_checkpointing",
-        "true",
-    ],
 }
 
 
@@ -141,3 +140,45 @@ def test_the_denominator_is_the_steps_not_the_micro_batchs(tmp_path):
 
     means = [forward(model, data.batch(rows[a:b]), objective).loss.item() for a, b in ((0, 3), (3, 6), (6, 8))]
     assert abs(sum(means) / 3 - expected[0]) > 1e-3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recomputing_activations_changes_no_bit(tmp_path, precision):
+    """Dropout included: the recomputation sees the random numbers of the first pass."""
+    curves = []
+    for how in ("none", "selective", "full"):
+        cfg = config(tmp_path, "simpo", "--train.gradient_checkpointing", how, precision=precision, out=how)
+        settings = json.loads((tmp_path / "model/config.json").read_text())
+        (tmp_path / "model/config.json").write_text(json.dumps(settings | {"attention_dropout": 0.1}))
+        train(cfg)
+        curves.append((tmp_path / how / "metrics.jsonl").read_bytes())
+    assert curves[0] == curves[1] == curves[2]
+
+
+def test_recomputing_keeps_less(tmp_path):
+    """Memory of the process from before the layers to after them, in a child each: 24 sequences of 500 tokens."""
+    sequence = Sequence([i % 300 for i in range(500)], bytes(500))
+    batch = collate([Example(i, (sequence,)) for i in range(24)])
+    tiny.folder(tmp_path / "model", layers=4)
+
+    def kept(how):
+        def action():
+            model = folder.load_model(tmp_path / "model", torch.bfloat16).train()
+            with torch.no_grad():
+                backbone(model, batch)  # what torch sets up once
+            recompute(model, how, torch.device("cpu"))
+            before = resident()
+            hidden = backbone(model, batch)
+            assert hidden.requires_grad
+            (tmp_path / how).write_text(str(resident() - before))
+
+        assert runs.in_child(action) == 0
+        return int((tmp_path / how).read_text())
+
+    everything = kept("none")
+    assert kept("selective") < 0.75 * everything
+    assert kept("full") < 0.5 * everything
+
+
+def resident() -> int:
+    return int(next(x for x in open("/proc/self/status") if x.startswith("VmRSS")).split()[1])

@@ -17,6 +17,7 @@ from fastpost.hf.model import backbone, head, verify
 
 from .config import Config
 from .optim import COMPUTE_DTYPE
+from .recompute import recompute
 
 
 def forward(model: torch.nn.Module, batch: Batch, objective):
@@ -55,12 +56,7 @@ def load_policy(cfg: Config, device: torch.device) -> torch.nn.Module:
         if not math.isfinite(p.detach().sum(dtype=torch.float32)):
             raise ValueError(f"[train] {cfg.model.path}: {name} holds NaN or infinity. Fetch the folder again.")
     verify(model)
-    if cfg.train.gradient_checkpointing:
-        options = {"use_reentrant": False}
-        if hasattr(model, "activation_checkpointing_enable"):  # its new name in transformers
-            model.activation_checkpointing_enable(options)
-        else:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    recompute(model, cfg.train.gradient_checkpointing, device)
     return model.to(device)
 
 
