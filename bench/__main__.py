@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             print(report.table(record), flush=True)
             result["cases"].append(record)
     after = machine.probe()
-    result["probe"] = {"before": before, "after": after, "verdict": machine.verdict(before, after)}
+    result["probe"] = {"before": before, "after": after, "verdict": machine.verdict(before, after, args.clock)}
     print("\n" + "\n".join(result["probe"]["verdict"]))
     if args.json is not None:
         path = Path(args.json or HERE / "results" / f"{result['machine']}.json")

@@ -48,7 +48,7 @@ def probe(seconds: float = 0.25) -> dict[str, float]:
     return {"one_thread_gflops": one, "two_threads_gflops": two, "load_average": load}
 
 
-def verdict(before: dict[str, float], after: dict[str, float]) -> list[str]:
+def verdict(before: dict[str, float], after: dict[str, float], clock: str = "wall") -> list[str]:
     """What the reader has to know about the machine, in sentences."""
     gain = [p["two_threads_gflops"] / p["one_thread_gflops"] for p in (before, after)]
     one = [p["one_thread_gflops"] for p in (before, after)]
@@ -60,6 +60,8 @@ def verdict(before: dict[str, float], after: dict[str, float]) -> list[str]:
         said.append("Two threads share a core or other work runs here: read the one-thread figures.")
     if abs(one[1] / one[0] - 1) > DISTURBED:
         said.append("The machine was disturbed: the ratios, measured in turns, hold better than the times.")
+    if clock == "cpu":
+        said.append("Times are CPU time of one thread, which leaves out what other programs took.")
     return said
 
 
