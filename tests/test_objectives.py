@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fastpost import objectives as o
 from fastpost.ops.preference_loss import preference_loss_from_logprob
 

@@ -10,6 +10,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+
 from fastpost import objectives
 
 trl = pytest.importorskip("trl", minversion="1.16", reason="compared with TRL where it is installed")

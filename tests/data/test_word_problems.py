@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
+
 from fastpost.data.word_problem_families import HELD_OUT, TRAINING
 from fastpost.data.word_problems import final_answer, problems, reward, write
 

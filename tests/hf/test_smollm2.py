@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
+
+import tiny
 from fastpost.hf import folder, gguf, smollm2
 
 ALIGNMENT = 32

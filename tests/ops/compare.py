@@ -22,7 +22,9 @@ def error(ours, truth):
 
 def forward_and_gradients(f, tensors, convert, seed=1):
     """Outputs of f(*tensors) and gradients for uneven incoming gradients, some of them zero."""
-    leaves = [None if t is None else (convert(t).detach().requires_grad_() if t.is_floating_point() else t) for t in tensors]
+    leaves = [
+        None if t is None else (convert(t).detach().requires_grad_() if t.is_floating_point() else t) for t in tensors
+    ]
     outputs = as_tuple(f(*leaves))
     g = torch.Generator().manual_seed(seed)
     grads = []

@@ -3,9 +3,9 @@ import dataclasses
 
 import pytest
 import torch
-from compare import FLOATS, error
 
 import fastpost
+from compare import FLOATS, error
 from fastpost import _core, objectives
 from fastpost.ops.preference_loss import preference_loss_from_logprob
 from fastpost.reference import preference_loss as reference

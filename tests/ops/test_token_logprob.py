@@ -3,9 +3,9 @@ import itertools
 
 import pytest
 import torch
-from compare import FLOATS, error, forward_and_gradients
 
 import fastpost
+from compare import FLOATS, error, forward_and_gradients
 from fastpost import _core
 from fastpost.reference import token_logprob as reference
 
@@ -121,13 +121,13 @@ def test_more_than_2_31_elements():
 
 
 BAD = {
-    "logits dtype": (lambda x, t: (x.double(), t), r"\[token_logprob\] logits: expected float32 or bfloat16 or float16 "),
+    "logits dtype": (lambda x, t: (x.double(), t), r"\[token_logprob\] logits: expected float32 or bfloat16 or float"),
     "logits shape": (lambda x, t: (x[None], t), r"logits: expected .* \[any, any\], got float32 \[1, 4, 9\] on cpu"),
     "target dtype": (lambda x, t: (x, t.int()), r"target: expected int64 \[4\], got int32 \[4\]"),
     "target length": (lambda x, t: (x, t[:3]), r"target: expected int64 \[4\], got int64 \[3\]"),
-    "target high": (lambda x, t: (x, t + 9), r"target: expected class indices in \[0, 9\) or ignore_index -100, got 9 at row 0"),
+    "target high": (lambda x, t: (x, t + 9), r"target: .* indices in \[0, 9\) or ignore_index -100, got 9 at row 0"),
     "target negative": (lambda x, t: (x, t - 1), r"got -1 at row 0"),
-    "columns": (lambda x, t: (x.T.contiguous().T, t), r"logits: expected a last dimension of stride 1, .*\.contiguous\(\)"),
+    "columns": (lambda x, t: (x.T.contiguous().T, t), r"logits: expected a last dimension of stride 1, .*\.contiguous"),
     "sparse": (lambda x, t: (x.to_sparse(), t), r"logits: expected a plain torch.Tensor"),
     "meta": (lambda x, t: (x, t.to("meta")), r"target: expected a tensor on cpu, got one on meta"),
 }  # fmt: skip

@@ -18,7 +18,7 @@ USE_REFERENCE = os.environ.get("FASTPOST_REFERENCE", "0") not in ("", "0")
 
 
 def register(schema: str, implementation: Callable, fake: Callable, backward: Callable | None = None,
-             setup_context: Callable | None = None) -> torch._ops.OpOverload:
+             setup_context: Callable | None = None) -> torch._ops.OpOverload:  # fmt: skip
     """Register `fastpost::<schema>` and return the overload to call (looked up once: 0.5 µs saved a call)."""
     name = schema.partition("(")[0]
     _library.define(schema)
@@ -48,7 +48,8 @@ def expect_plain(op: str, **tensors: torch.Tensor | None) -> None:
             raise ValueError(expected + f"one with layout {tensor.layout}. Pass {argument}.to_dense().")
         if device is not None and tensor.device != device:
             raise ValueError(
-                f"[{op}] {argument}: expected a tensor on {device}, got one on {tensor.device}. Move it with .to(device)."
+                f"[{op}] {argument}: expected a tensor on {device}, got one on {tensor.device}. "
+                "Move it with .to(device)."
             )
         device = tensor.device
 

@@ -60,24 +60,27 @@ def linear_logprob(
     """
     if USE_REFERENCE:
         return reference.linear_logprob(hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap,
-                                        ignore_index=ignore_index, return_entropy=return_entropy)
+                                        ignore_index=ignore_index, return_entropy=return_entropy)  # fmt: skip
     expect_plain("linear_logprob", hidden=hidden, weight=weight, target=target, bias=bias)
     if memory_budget is None:
         memory_budget = DEFAULT_MEMORY_BUDGET
     if memory_budget < SMALLEST_MEMORY_BUDGET:
-        raise ValueError(f"[linear_logprob] memory_budget: expected at least {SMALLEST_MEMORY_BUDGET} bytes (1 MiB), "
-                         f"got {memory_budget}.")
+        raise ValueError(
+            f"[linear_logprob] memory_budget: expected at least {SMALLEST_MEMORY_BUDGET} bytes (1 MiB), "
+            f"got {memory_budget}."
+        )
     if torch.is_autocast_enabled(hidden.device.type):  # as F.linear does
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    logprob, _, entropy, _ = _forward_op(hidden, weight, target, bias, temperature, softcap or 0.0, ignore_index,
-                                         return_entropy, memory_budget, keep)
+    logprob, _, entropy, _ = _forward_op(
+        hidden, weight, target, bias, temperature, softcap or 0.0, ignore_index, return_entropy, memory_budget, keep
+    )
     return (logprob, entropy) if return_entropy else logprob
 
 
-# ---- the plan: how much at a time, and what is kept --------------------------------------------------------------------
+# ---- the plan: how much at a time, and what is kept ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def _take(t: torch.Tensor, rows: torch.Tensor | None, begin: int, end: int) -> t
     return t[begin:end] if rows is None else t.index_select(0, rows[begin:end])
 
 
-# ---- forward -----------------------------------------------------------------------------------------------------------
+# ---- forward ---------------------------------------------------------------------------------------------------------
 
 
 def _forward(hidden, weight, target, bias, temperature, softcap, ignore_index, with_entropy, memory_budget, keep):
@@ -155,8 +158,9 @@ def _forward(hidden, weight, target, bias, temperature, softcap, ignore_index, w
                 else:
                     z = tile[: (end - begin) * (v1 - v0)].view(end - begin, v1 - v0)
                 torch.mm(x, weight[v0:v1].to(dtype).T, out=z)
-                _core.linear_logprob_tile(z, None if bias is None else bias[v0:v1], y, v0, temperature, softcap,
-                                          with_entropy, stats)
+                _core.linear_logprob_tile(
+                    z, None if bias is None else bias[v0:v1], y, v0, temperature, softcap, with_entropy, stats
+                )
             slices = [t[begin:end] for t in row_outputs]
             _core.linear_logprob_finish(stats, slices[0], slices[1], slices[2] if with_entropy else None)
         if rows is not None:
@@ -179,22 +183,22 @@ def _forward_fake(hidden, weight, target, bias, temperature, softcap, ignore_ind
     return *_row_outputs(hidden, with_entropy), kept
 
 
-# ---- backward ----------------------------------------------------------------------------------------------------------
+# ---- backward --------------------------------------------------------------------------------------------------------
 
 
 def _backward(hidden, weight, target, bias, temperature, softcap, ignore_index, memory_budget, logprob, lse, entropy,
-              kept,
-              grad_logprob, grad_entropy, needs_hidden, needs_weight, needs_bias):
+              kept, grad_logprob, grad_entropy, needs_hidden, needs_weight, needs_bias):  # fmt: skip
     with torch.autocast(hidden.device.type, enabled=False):
-        return _Backward(hidden, weight, target, bias, temperature, softcap, ignore_index, memory_budget, logprob, lse,
-                         entropy, kept, grad_logprob, grad_entropy).run(needs_hidden, needs_weight, needs_bias)
+        sweep = _Backward(hidden, weight, target, bias, temperature, softcap, ignore_index, memory_budget, logprob, lse,
+                          entropy, kept, grad_logprob, grad_entropy)  # fmt: skip
+        return sweep.run(needs_hidden, needs_weight, needs_bias)
 
 
 class _Backward:
     """One backward pass: which rows, where their logits come from, and the sweep over tiles."""
 
     def __init__(self, hidden, weight, target, bias, temperature, softcap, ignore_index, memory_budget, logprob, lse,
-                 entropy, kept, grad_logprob, grad_entropy):
+                 entropy, kept, grad_logprob, grad_entropy):  # fmt: skip
         self.hidden, self.weight, self.kept = hidden, weight, kept
         self.transform = temperature, softcap
         self.dtype = _compute_dtype(hidden)
@@ -265,8 +269,9 @@ class _Backward:
             None if t is None else t[begin:end] for t in self.per_row
         )
         bias = None if self.bias is None else self.bias[v0:v1]
-        _core.linear_logprob_tile_backward(logits, bias, target, v0, *self.transform, logprob, lse, entropy,
-                                           grad_logprob, grad_entropy, grad)
+        _core.linear_logprob_tile_backward(
+            logits, bias, target, v0, *self.transform, logprob, lse, entropy, grad_logprob, grad_entropy, grad
+        )
         return grad
 
 
@@ -289,7 +294,8 @@ class _Sums:
             return
         if block not in self.open:
             in_place = in_place and self.out.dtype == torch.float32
-            total = self.out[begin:end] if in_place else torch.empty(len(a), b.shape[1], dtype=torch.float32, device=a.device)
+            shape = len(a), b.shape[1]
+            total = self.out[begin:end] if in_place else torch.empty(shape, dtype=torch.float32, device=a.device)
             self.open[block] = [total.zero_(), 0]
         total = self.open[block][0]
         if a.dtype == torch.float32:
@@ -311,8 +317,8 @@ class _Sums:
             self.out[begin:end] = total
 
 
-def _backward_fake(hidden, weight, target, bias, temperature, softcap, ignore_index, memory_budget, logprob, lse, entropy,
-                   kept, grad_logprob, grad_entropy, needs_hidden, needs_weight, needs_bias):
+def _backward_fake(hidden, weight, target, bias, temperature, softcap, ignore_index, memory_budget, logprob, lse,
+                   entropy, kept, grad_logprob, grad_entropy, needs_hidden, needs_weight, needs_bias):  # fmt: skip
     def like(t, needed):
         return torch.empty_like(t, memory_format=torch.contiguous_format) if needed else hidden.new_empty(0)
 
@@ -335,8 +341,9 @@ def _autograd(ctx, grad_logprob, _grad_lse, grad_entropy, _grad_kept):
         entropy if ctx.with_entropy else None, kept, contiguous_float(grad_logprob),
         contiguous_float(grad_entropy) if ctx.with_entropy else None, needs_hidden, needs_weight, needs_bias,
     )  # fmt: skip
-    grad_hidden, grad_weight, grad_bias = (g if need else None for g, need in
-                                           zip(grads, (needs_hidden, needs_weight, needs_bias)))
+    grad_hidden, grad_weight, grad_bias = (
+        g if need else None for g, need in zip(grads, (needs_hidden, needs_weight, needs_bias))
+    )
     return grad_hidden, grad_weight, None, grad_bias, None, None, None, None, None, None
 
 

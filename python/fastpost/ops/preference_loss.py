@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
 from fastpost import _core, objectives
 from fastpost.ops._register import USE_REFERENCE, expect_plain, register
 from fastpost.ops.linear_logprob import linear_logprob

@@ -42,7 +42,7 @@ def token_logprob(
     """
     if USE_REFERENCE:
         return reference.token_logprob(logits, target, temperature=temperature, softcap=softcap,
-                                       ignore_index=ignore_index, return_entropy=return_entropy)
+                                       ignore_index=ignore_index, return_entropy=return_entropy)  # fmt: skip
     expect_plain("token_logprob", logits=logits, target=target)
     logprob, _, entropy = _forward_op(logits, target, temperature, softcap or 0.0, ignore_index, return_entropy)
     return (logprob, entropy) if return_entropy else logprob
@@ -51,7 +51,7 @@ def token_logprob(
 def _forward(logits, target, temperature, softcap, ignore_index, with_entropy):
     logprob, lse, entropy = _forward_fake(logits, target, temperature, softcap, ignore_index, with_entropy)
     _core.token_logprob(logits, target, temperature, softcap, ignore_index, logprob, lse,
-                        entropy if with_entropy else None)
+                        entropy if with_entropy else None)  # fmt: skip
     return logprob, lse, entropy
 
 
@@ -66,7 +66,7 @@ def _forward_fake(logits, target, temperature, softcap, ignore_index, with_entro
 def _backward(logits, target, temperature, softcap, ignore_index, logprob, lse, entropy, grad_logprob, grad_entropy):
     grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     _core.token_logprob_backward(logits, target, temperature, softcap, ignore_index, logprob, lse, entropy,
-                                 grad_logprob, grad_entropy, grad_logits)
+                                 grad_logprob, grad_entropy, grad_logits)  # fmt: skip
     return grad_logits
 
 

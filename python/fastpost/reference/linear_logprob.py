@@ -11,13 +11,13 @@ from fastpost.reference.token_logprob import token_logprob
 
 
 def linear_logprob(hidden, weight, target, *, bias=None, temperature=1.0, softcap=None, ignore_index=-100,
-                   return_entropy=False, memory_budget=None):
+                   return_entropy=False, memory_budget=None):  # fmt: skip
     """Same signature and meaning as :func:`fastpost.linear_logprob`; stores the logits."""
     logits = hidden @ weight.T
     if bias is not None:
         logits = logits + bias
     return token_logprob(logits, target, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
-                         return_entropy=return_entropy)
+                         return_entropy=return_entropy)  # fmt: skip
 
 
 @dataclass(frozen=True)
