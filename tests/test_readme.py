@@ -146,6 +146,7 @@ def test_generator_writes_between_the_markers_only(generator):
     runs = [{"side": "fastpost", "threads": 1, "seconds": [9.0, 2.0, 3.0, 2.5], "peak_gb": 1.5, "loss": [0.9]}]
     step = MACHINE | {"rows": "GSM8K", "runs": runs}
     gpu = bench_result() | {"gpu": "H100", "tests": {"token_logprob": {"passed": 7, "failed": 0}}}
+    gpu["sanitizer"] = {"memcheck": "nothing found"}
     kernels = {"token_logprob": ["forward_kernel"], "int4_gemm": ["gemm_kernel"]}
     text = generator.render(README, [step, gpu], kernels)
     assert text.startswith(before.split("<!-- measured:")[0]) and text.endswith(after)
@@ -153,6 +154,7 @@ def test_generator_writes_between_the_markers_only(generator):
     stamp = "(2026-11-22, 0123456789ab)"
     assert f"| `forward_kernel` | 7 tests passed, 0 failed {stamp}; 2 benchmarks, 0 wrong {stamp} |" in text
     assert "| `int4_gemm` | `gemm_kernel` | not yet run |" in text
+    assert "compute-sanitizer on H100: memcheck: nothing found." in text
     assert generator.render(text, [step, gpu], kernels) == text
     assert generator.NOTHING in generator.render(text, [], kernels)
     with pytest.raises(ValueError, match="markers of 'gpu' once"):

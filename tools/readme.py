@@ -68,7 +68,7 @@ def where(r: dict) -> str:
 
 def measured(r: dict) -> list[str]:
     """One table per number of threads: forward + backward cases, time, share of the limit, peers as multiples of it."""
-    return [table for threads in r["threads"] if (table := _table(r, threads))]
+    return [table for threads in r.get("threads", []) if (table := _table(r, threads))]
 
 
 def _table(r: dict, threads: int | None) -> str:
@@ -83,6 +83,7 @@ def _table(r: dict, threads: int | None) -> str:
     if not rows:
         return ""
     on = "" if threads is None else f", {threads} thread{'s' * (threads > 1)}"
+    on += ", CPU time" if r.get("clock") == "cpu" else ""
     head = ["op", "case", "ms", "share of limit", *columns.values()]
     lines = [f"**{where(r)}{on}.** Peers: their time ÷ ours.", ""]
     lines += [_row(head), _row(["---"] * 2 + ["---:"] * (len(head) - 2))]
@@ -160,6 +161,9 @@ def gpus(results: list[dict], kernels_of: dict[str, list[str]]) -> str:
     for op, names in kernels_of.items():
         entries = [_entry(op, seen[gpu]) for gpu in seen] or ["not yet run"]
         lines.append(_row([f"`{op}`", ", ".join(f"`{n}`" for n in names), *entries]))
+    for gpu, given in seen.items():
+        for said in (r["sanitizer"] for r in given if r.get("sanitizer")):
+            lines += ["", f"compute-sanitizer on {gpu}: {', '.join(f'{tool}: {what}' for tool, what in said.items())}."]
     return "\n".join(lines)
 
 
