@@ -45,8 +45,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="steps of each run; the first is not timed (4)")
     parser.add_argument("--repeat", type=int, default=2, help="runs of each side, in turns (2)")
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
-    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES, metavar="SIDE",
-                        help="any of: " + "; ".join(SIDES))
+    parser.add_argument(
+        "--sides", nargs="+", default=list(SIDES), choices=SIDES, metavar="SIDE", help="any of: " + "; ".join(SIDES)
+    )
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: leaves out what others took (one thread)")
     parser.add_argument("--json", metavar="FILE", help="write every time, loss and peak")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
