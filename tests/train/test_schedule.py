@@ -10,7 +10,7 @@ from fastpost.train.schedule import factor, warmup_steps
 
 def test_warmup_rises_to_the_peak():
     values = [factor(s, total=100, warmup=5, shape="cosine") for s in range(6)]
-    assert values == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])  # METHODS: at 5 % the peak
+    assert values == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])  # at 5 % of the steps: the peak
 
 
 def test_first_step_moves_and_last_step_too():
