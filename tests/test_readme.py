@@ -76,7 +76,7 @@ def test_files_that_are_named_exist(text):
     for path in re.findall(r"\]\(([\w./-]+)\)", text):
         assert (ROOT / path).exists(), path
     for path in set(re.findall(r"(?<![\w/.])((?:tools|tests|cpp|cuda|bench)/[\w./]*\w)", text)):
-        assert (ROOT / path).exists() or "X" in path, path
+        assert (ROOT / path).exists() or "X" in path or path == "bench/results", path  # made by the first measurement
     for command in set(re.findall(r"^(tools/\w+)", "\n".join(blocks(text, "sh")), re.M)):
         assert os.access(ROOT / command, os.X_OK), command
 
