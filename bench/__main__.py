@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     print("\n" + "\n".join(result["probe"]["verdict"]))
     if args.json is not None:
         path = Path(args.json or HERE / "results" / f"{result['machine']}.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"Wrote {path}.")
     if args.plot:
