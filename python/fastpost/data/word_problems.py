@@ -60,7 +60,7 @@ CONFUSED = {"+": "-", "-": "+/", "*": "+/", "/": "-"}
 WRONG_FACTORS = {"60": (24, 50, 90, 100), "12": (6, 10, 15, 20), "7": (5, 6, 8, 10), "2": (3, 4)}
 # how often a mistake is made where it is possible. What makes a wrong answer larger is possible more often than what
 # makes it smaller; the weights of the operations even that out, so that each sign is as frequent in right as in wrong.
-WEIGHTS = {"slip": 0.6, "operands": 3, "unit": 3, "dropped": 6, "decoy": 5}
+WEIGHTS = {"slip": 0.6, "operands": 3, "unit": 3, "dropped": 2.4, "decoy": 2}
 WEIGHTS |= {"- for +": 6, "+ for -": 2, "+ for *": 0.3, "/ for *": 3, "- for /": 1, "/ for -": 3}
 LARGEST, FACTOR, TRIES = 999, 2, 20000
 
