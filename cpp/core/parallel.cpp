@@ -30,7 +30,12 @@ struct Job {
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 GompParallel openmp() {
-  static const GompParallel f = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  static std::atomic<GompParallel> found{nullptr};
+  GompParallel f = found.load(std::memory_order_relaxed);
+  if (!f) {  // look again as long as there is none: torch may be imported after us
+    f = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    found.store(f, std::memory_order_relaxed);
+  }
   return f;
 }
 
