@@ -5,10 +5,14 @@
 
 Each side runs alone in a process of its own, taking turns, on the same rows in the same order. Equal on both sides and
 checked: token ids and which are scored. Equal by construction: AdamW at a constant lr of 1e-6, beta 2, gamma/beta 0.5,
-clipping at 1, no dropout. Each side's own choice: TRL as it comes (the weights' dtype from the files, here bf16 with
-bf16 AdamW moments; autocast; right-padded batches; gradient checkpointing ON) and with checkpointing OFF; fastpost as
-it comes (bf16 compute with float32 master weights and moments; packed rows; selective recomputation on a CPU) and with
-nothing recomputed.
+clipping at 1, no dropout. The weights:
+
+    trl             as it comes: those of the files, which for SmolLM2 means bf16 weights and bf16 AdamW moments, whose
+                    updates mostly round away at this lr; bf16 autocast; right-padded batches; checkpointing ON
+    trl, float32    float32 weights and moments under bf16 autocast, what bf16=True meant before transformers 5
+    fastpost        as it comes: float32 master weights and moments, bf16 compute; packed rows; selective recomputation
+
+and each with gradient checkpointing OFF, ours with it in full and in pure bf16 too.
 
 Rows are GSM8K questions with their solution as chosen and the same solution with a slip that runs through to the end as
 rejected, from $FASTPOST_GSM8K or --data (a folder with train.jsonl); without it fastpost's own word problems.
@@ -32,8 +36,22 @@ from pathlib import Path
 from bench.timing import CLOCKS
 
 BETA, GAMMA_BETA_RATIO, LR, MAX_LENGTH = 2.0, 0.5, 1e-6, 512
-SIDES = {"trl": True, "trl, no checkpointing": False, "fastpost": "auto", "fastpost, nothing recomputed": "none"}
-"""What is measured -> its gradient checkpointing."""
+SIDES = {  # what is measured -> what it sets
+    "trl": {},
+    "trl, checkpointing off": {"gradient_checkpointing": False},
+    "trl, float32": {"model_init_kwargs": {"dtype": "float32", "device_map": None}},
+    "trl, float32, checkpointing off": {
+        "model_init_kwargs": {"dtype": "float32", "device_map": None},
+        "gradient_checkpointing": False,
+    },
+    "fastpost": {},
+    "fastpost, checkpointing off": {"train": {"gradient_checkpointing": "none"}},
+    "fastpost, checkpointing full": {"train": {"gradient_checkpointing": "full"}},
+    "fastpost, pure bf16, checkpointing full": {
+        "train": {"gradient_checkpointing": "full"},
+        "optim": {"precision": "pure-bf16"},
+    },
+}
 
 
 def main() -> None:
@@ -113,14 +131,14 @@ def check_rows(runs: list[dict]) -> None:
 
 def report(runs: list[dict], sides: list[str], threads: int) -> None:
     title = f"{threads} thread{'s' * (threads > 1)}"
-    print(f"\n{title:29} {'s/step':>6} {'peak GB':>8} {'before GB':>10} {'loss at step 0':>15}")
+    print(f"\n{title:40} {'s/step':>6} {'peak GB':>8} {'before GB':>10} {'loss at step 0':>15}")
     best = {}
     for side in sides:
         mine = [r for r in runs if r["side"] == side]
         seconds = statistics.median(t for r in mine for t in r["seconds"][1:])
         best[side] = seconds, max(r["peak_gb"] for r in mine)
         before, loss = mine[0]["before_gb"], mine[0]["loss"][0]
-        print(f"{side:29} {seconds:>6.2f} {best[side][1]:>8.2f} {before:>10.2f} {loss:>15.5f}")
+        print(f"{side:40} {seconds:>6.2f} {best[side][1]:>8.2f} {before:>10.2f} {loss:>15.5f}")
     for side in sides if "fastpost" in best else ():
         if side.startswith("fastpost"):
             continue
@@ -140,7 +158,7 @@ def rows_of(folder: Path, count: int, tokenizer) -> tuple[str, dict[str, list[di
     file, draw = folder / "train.jsonl", random.Random(0)
     if file.is_file():
         lines = file.read_text(encoding="utf-8").splitlines()
-        texts = [spoil(row["question"], row["answer"], draw) for row in map(json.loads, lines[:count])]
+        texts = [spoil(row["question"], row["answer"], draw) for row in map(json.loads, draw.sample(lines, count))]
         source = "GSM8K"
     else:
         from fastpost.data.word_problems import problems
@@ -176,7 +194,7 @@ def spoil(question: str, answer: str, draw: random.Random) -> tuple[str, str, st
 # ---- the sides: each returns seconds and loss of every step, and what it trained on ----------------------------------
 
 
-def trl_steps(args, folder: Path, checkpointing: bool) -> dict:
+def trl_steps(args, folder: Path, settings: dict) -> dict:
     from datasets import load_dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -201,12 +219,12 @@ def trl_steps(args, folder: Path, checkpointing: bool) -> dict:
         simpo_gamma=BETA * GAMMA_BETA_RATIO, max_length=MAX_LENGTH, per_device_train_batch_size=args.pairs,
         max_steps=args.steps, learning_rate=LR,
         lr_scheduler_type="constant", max_grad_norm=1.0, train_sampling_strategy="sequential", use_cpu=True,
-        report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, gradient_checkpointing=checkpointing,
+        report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, **settings,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     data = load_dataset("json", data_files=str(folder / "trl.jsonl"), split="train", cache_dir=str(folder))
     trainer = Trainer(args.model, config, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()])
-    assert config.bf16 and CPOConfig(use_cpu=True).gradient_checkpointing, "TRL's defaults, as the text above says"
+    assert config.bf16 and CPOConfig.gradient_checkpointing, "TRL's defaults, as the text above says"
     seen = [(row[f"{k}_input_ids"], [x != -100 for x in row[f"{k}_labels"]])
             for row in trainer.train_dataset for k in ("chosen", "rejected")]  # fmt: skip
     before = resident_gb()
@@ -214,7 +232,7 @@ def trl_steps(args, folder: Path, checkpointing: bool) -> dict:
     return {"seconds": times, "loss": losses, "before_gb": before} | digest(seen)
 
 
-def fastpost_steps(args, folder: Path, recompute: str) -> dict:
+def fastpost_steps(args, folder: Path, settings: dict) -> dict:
     from fastpost import objectives
     from fastpost.data.loader import load_dataset
     from fastpost.hf.folder import load_tokenizer
@@ -226,7 +244,7 @@ def fastpost_steps(args, folder: Path, recompute: str) -> dict:
 
     rows = str(folder / "fastpost.jsonl")
     cfg = from_dict({"model": {"path": args.model}, "data": {"train": rows, "max_length": MAX_LENGTH},
-                     "train": {"gradient_checkpointing": recompute}})  # fmt: skip
+                     **settings})  # fmt: skip
     objective = objectives.SimPO(beta=BETA, gamma_beta_ratio=GAMMA_BETA_RATIO)
     data = load_dataset(cfg.data, load_tokenizer(args.model), objective)
     model = load_policy(cfg, pick_device("cpu"))
