@@ -45,11 +45,11 @@ def test_without_a_gpu_it_says_so_and_does_nothing():
 def test_missing_tools_are_named(check, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("CUDACXX", "no-such-nvcc")
-    monkeypatch.setattr(check, "PACKAGES", ("nanobind", "no-such-package"))
+    monkeypatch.setattr(check, "PACKAGES", ("pytest", "no-such-package"))
     monkeypatch.setattr(check.shutil, "which", lambda name: None)
     problems = "\n".join(check.missing(SimpleNamespace(rehearse=True, wheels=None)))
     assert "no nvcc: install the CUDA toolkit" in problems and "no g++ on PATH" in problems
-    assert "pip install no-such-package" in problems and "nanobind" not in problems
+    assert "pip install no-such-package" in problems and "pytest" not in problems
 
 
 def test_counts_of_tests(check, tmp_path):
