@@ -116,13 +116,13 @@ def test_splits_in_bf16_differ_by_noise_without_a_drift(tmp_path):
     error."""
     curves = []
     for i, split in enumerate(("1 x 8", "8 x 1", "by tokens")):
-        cfg = config(tmp_path, "simpo", *SPLITS[split], precision="bf16", out=f"run{i}", epochs=10)
+        cfg = config(tmp_path, "simpo", *SPLITS[split], precision="bf16", out=f"run{i}", epochs=7)
         cfg.optim.lr, cfg.optim.weight_decay = 3e-4, 0.0
         train(cfg)
         curves.append(losses(tmp_path / f"run{i}"))
     for other in curves[1:]:
         residual = other - curves[0]
-        assert len(residual) == 30
+        assert len(residual) == 21
         assert residual.abs().max() < 0.05 * curves[0].max()
         assert residual.mean().abs() < 4 * residual.std() / len(residual) ** 0.5 + 1e-4
     assert curves[0][-1] < 0.8 * curves[0][0]
