@@ -152,6 +152,7 @@ def _forward(hidden, weight, target, bias, temperature, softcap, ignore_index, w
             x, y = _take(hidden, rows, begin, end).to(dtype), _take(target, rows, begin, end)
             stats = torch.zeros(5, end - begin, dtype=torch.float32, device=hidden.device)
             stats[0] = -torch.inf
+            stats[4] = torch.nan  # stays where a target is in no slice (CUDA does not look at targets before)
             for v0, v1 in _spans(0, v, p.cols):
                 if end <= kept_rows:
                     z = kept[begin:end, v0:v1]
