@@ -92,7 +92,8 @@ def main() -> int:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     text = "\n\n".join(r["prompt"][0]["content"] + "\n" + r["chosen"][0]["content"] for r in problems("train", 2000))
     need = args.steps * args.batch * args.length
-    batches = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0][:need].view(args.steps, args.batch, args.length)
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    batches = ids[:need].view(args.steps, args.batch, args.length)
 
     def make():
         return AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).train()

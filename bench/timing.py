@@ -16,7 +16,7 @@ CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 """On a machine that others use too, CPU time of one thread leaves out the time that they took."""
 
 SAMPLE_SECONDS = 2e-3  # a shorter run is repeated until a sample takes this long
-SLOW = 8  # a provider this many times slower than the fastest is timed in two rounds only
+SLOW = 8  # a provider this many times slower than the fastest (and than a second) is timed once, after one warm-up
 
 
 def measure(run: Callable[[int], object], first: int, count: int, device: torch.device, clock: Clock) -> float:
@@ -39,18 +39,19 @@ def measure(run: Callable[[int], object], first: int, count: int, device: torch.
 def interleave(
     runs: dict[str, Callable[[int], object]], rounds: int, device: torch.device, clock: Clock = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds a call, per provider and round. Every run is called twice before the first round."""
+    """Seconds a call, per provider and round. Every run is called twice before the first round; for a slow provider the
+    second of these calls is all there is."""
     once = {}
     for name, run in runs.items():
         run(0)
         once[name] = measure(run, 1, 1, device, clock)
     count = {name: max(1, math.ceil(SAMPLE_SECONDS / max(t, 1e-8))) for name, t in once.items()}
     rare = {name for name, t in once.items() if t > SLOW * min(once.values()) and t > 1}
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times = {name: [once[name]] if name in rare else [] for name in runs}
     with no_collection():
         for turn in range(rounds):
             for name in list(runs)[:: -1 if turn % 2 else 1]:
-                if not (name in rare and turn >= 2):
+                if name not in rare:
                     times[name].append(measure(runs[name], turn * count[name], count[name], device, clock))
             gc.collect()  # between rounds, outside every measurement
     return times

@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m bench.train_step", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--model", required=True, help="Hugging Face folder of a chat model, as SmolLM2-135M-Instruct")
-    parser.add_argument("--data", default=os.environ.get("FASTPOST_GSM8K", "../shared/data/gsm8k"), help="GSM8K folder")
+    parser.add_argument("--data", default=os.environ.get("FASTPOST_GSM8K", "gsm8k"), help="GSM8K folder")
     parser.add_argument("--pairs", type=int, default=4, help="pairs in a step (4)")
     parser.add_argument("--steps", type=int, default=4, help="steps of each run; the first is not timed (4)")
     parser.add_argument("--repeat", type=int, default=2, help="runs of each side, in turns (2)")

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <cstring>
+
 #include "core/check.h"
 #include "core/parallel.h"
 #include "cuda/ops.h"
@@ -102,10 +104,14 @@ void linear_logprob_tile_backward(Tensor logits, Tensor bias, Tensor target, int
   const LogprobRowKernels& kernels = logprob_row_kernels();
   parallel_for(n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const float h = grad_entropy.defined() ? grad_entropy.ptr<float>()[i] : 0.0f;
+      const float g = grad_logprob.ptr<float>()[i], h = grad_entropy.defined() ? grad_entropy.ptr<float>()[i] : 0.0f;
+      if (g == 0 && h == 0) {
+        std::memset(grad_logits.row(i), 0, v * itemsize(logits.dtype));
+        continue;
+      }
       kernels.gradient(logits.dtype, logits.row(i), bias.data, v, transform, local_target(target, i, vocab_start, v),
-                       logprob.ptr<float>()[i], lse.ptr<float>()[i], h != 0 ? entropy.ptr<float>()[i] : 0.0f,
-                       grad_logprob.ptr<float>()[i], h, grad_logits.row(i));
+                       logprob.ptr<float>()[i], lse.ptr<float>()[i], h != 0 ? entropy.ptr<float>()[i] : 0.0f, g, h,
+                       grad_logits.row(i));
     }
   });
 }

@@ -126,7 +126,8 @@ void gradient_row(const Row<T>& row, int64_t v, int64_t target, float logprob, f
   float at_target = 0;
   if (target >= 0) {
     at_target = row.t.inverse_temperature *
-                (g * -__builtin_expm1f(logprob) - (Entropy ? h * __builtin_expf(logprob) * (logprob + entropy) : 0.0f));
+                (g * -__builtin_expm1f(logprob) -
+                 (Entropy ? h * __builtin_expf(logprob) * (__builtin_fmaxf(kExpUnderflow, logprob) + entropy) : 0.0f));
     if constexpr (Softcap) {
       const float a = to_float(row.logits[target]) + (row.bias ? to_float(row.bias[target]) : 0.0f);
       const float unit = __builtin_tanhf(a / row.t.softcap);

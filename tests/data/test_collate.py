@@ -47,7 +47,55 @@ def test_empty_batch():
         collate([])
 
 
+def pair(row=0):
+    """A prompt of three tokens; replies of two tokens and one that begin alike."""
+    return example(row, ([1, 2, 3, 7, 8], [0, 0, 0, 1, 1]), ([1, 2, 3, 7], [0, 0, 0, 1]))
+
+
+def test_a_shared_prompt_is_there_once():
+    batch = collate([example(0, ([4, 5], [0, 1])), pair(1)])
+    assert batch.input_ids.tolist() == [[4, 5, 1, 2, 3, 7, 8, 3, 7]]
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2, 3, 4, 2, 3]]
+    # The prompt's last token stands twice: the first token of each reply is scored there.
+    assert batch.target.tolist() == [5, -100, -100, -100, 7, 8, -100, 7, -100]
+    assert batch.cu_seqlens.tolist() == [0, 2, 7, 9]
+    assert batch.cu_seqlens_k.tolist() == [0, 2, 7, 11]
+    assert batch.key_rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 2, 3, 7, 8]
+    assert batch.longest == 5 and batch.tokens == 9 and batch.scored == 4
+
+
+def test_sharing_can_be_turned_off():
+    batch = collate([pair()], share_prompt=False)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 7, 8, 1, 2, 3, 7]] and batch.cu_seqlens.tolist() == [0, 5, 9]
+    assert batch.cu_seqlens_k is None and batch.key_rows is None
+
+
+@pytest.mark.parametrize(
+    "sequences, shared",
+    [
+        ((([1, 2, 3], [0, 0, 1]),), 0),  # one reply: nobody to share with
+        ((([1, 2, 3], [0, 0, 1]), ([4, 2, 3], [0, 0, 1])), 0),  # different from the first token on
+        ((([1, 2, 3, 4], [0, 0, 0, 1]), ([1, 5, 3, 4], [0, 0, 0, 1])), 1),
+        ((([1, 2, 3, 4], [0, 1, 0, 1]), ([1, 2, 3, 5], [0, 1, 0, 1])), 0),  # scored from the second token on
+        ((([1, 2, 3], [0, 0, 0]), ([1, 2, 3], [0, 0, 0])), 2),  # nothing scored: each keeps a token of its own
+        ((([1, 2], [1, 1]), ([1, 3], [1, 1])), 0),  # a first token is never scored
+        ((([1, 2, 3, 4, 5],) * 1 + ([0, 0, 0, 0, 1],), ([1, 2, 3, 6], [0, 0, 0, 1]), ([1, 2, 7], [0, 0, 1])), 1),
+    ],
+)
+def test_what_is_shared(sequences, shared):
+    one = example(0, *sequences)
+    assert one.shared == shared
+    batch = collate([one, one])
+    assert batch.tokens == 2 * one.computed
+    whole = collate([one, one], share_prompt=False)
+    rows = slice(None) if batch.key_rows is None else batch.key_rows
+    assert torch.equal(batch.input_ids[:, rows], whole.input_ids)
+    assert torch.equal(batch.position_ids[:, rows], whole.position_ids)
+    assert batch.target[batch.target != -100].tolist() == whole.target[whole.target != -100].tolist()
+
+
 def test_to_moves_every_tensor():
-    batch = collate([example(0, ([1, 2], [0, 1]), reward=(1.0,))]).to("meta")
-    assert {t.device.type for t in (batch.input_ids, batch.cu_seqlens, batch.target, batch.reward)} == {"meta"}
-    assert batch.rows == [0] and batch.longest == 2
+    batch = collate([pair(), pair()]).to("meta")
+    tensors = [t for t in vars(batch).values() if isinstance(t, torch.Tensor)]
+    assert len(tensors) == 6 and {t.device.type for t in tensors} == {"meta"}
+    assert batch.rows == [0, 0] and batch.longest == 5

@@ -48,6 +48,30 @@ def test_packed_equals_unpacked(kind):
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_shared_prompt_changes_nothing(kind):
+    """Hidden states and weight gradients of pairs whose prompt is computed once, against each sequence whole. Prompts
+    are shorter and longer than the tiny models' sliding window of 6."""
+    prompts, replies = sequences((3, 12)), sequences((5, 9, 4, 1), seed=1)
+    examples = [
+        Example(i, tuple(Sequence(p + r, bytes(len(p)) + b"\1" * len(r)) for r in (replies[2 * i], replies[2 * i + 1])))
+        for i, p in enumerate(prompts)
+    ]
+    shared, whole = collate(examples), collate(examples, share_prompt=False)
+    assert whole.tokens - shared.tokens == 2 + 11
+    grads, hidden = [], []
+    for batch in (shared, whole):
+        model = packed_model(kind)
+        out = backbone(model, batch)[batch.target != -100]
+        direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+        (out * direction).sum().backward()
+        hidden.append(out.detach())
+        grads.append({name: p.grad for name, p in model.base_model.named_parameters()})
+    torch.testing.assert_close(*hidden, rtol=2e-4, atol=2e-5)
+    for name, a in grads[0].items():
+        assert (a - grads[1][name]).norm() <= 1e-4 * a.norm(), name
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_neighbours_do_not_matter_to_the_last_bit(kind):
     model, (a, b, c, d) = packed_model(kind), sequences()
     other = sequences(seed=1)

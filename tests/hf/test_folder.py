@@ -39,6 +39,7 @@ def test_out_as_in(tmp_path, kind, tie):
     assert before.keys() == after.keys()
     assert all(torch.equal(after[k], before[k] + 1) for k in before)
     assert other_files(source) == other_files(out)
+    assert len({f.stat().st_mode for f in out.iterdir()}) == 1, "weights are as readable as config.json"
     again = load_model(out)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
 

@@ -156,3 +156,14 @@ def test_combinations_of_options(device):
         options = {"temperature": temperature, "softcap": softcap, "ignore_index": -1, "return_entropy": True}
         for a, b in zip(fastpost.token_logprob(x, t, **options), reference.token_logprob(x.double(), t, **options)):
             assert error(a, b) < 2e-6
+
+
+def test_entropy_gradient_at_a_target_of_probability_zero(device):
+    """p (log p + H) is 0 where p = 0, not 0 * infinity."""
+    logits = torch.tensor([[0.0, 1.0, -torch.inf]], device=device, requires_grad=True)
+    _, entropy = fastpost.token_logprob(logits, torch.tensor([2], device=device), return_entropy=True)
+    (gradient,) = torch.autograd.grad(entropy.sum(), logits)
+    other = torch.tensor([[0.0, 1.0, -80.0]], dtype=torch.float64, requires_grad=True)
+    p = other.softmax(-1)
+    (expected,) = torch.autograd.grad(-(p * p.log()).sum(), other)
+    torch.testing.assert_close(gradient.double().cpu(), expected, rtol=1e-5, atol=1e-6)

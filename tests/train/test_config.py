@@ -144,3 +144,9 @@ def test_reading_a_recipe_needs_no_torch(recipe):
     code = f"import sys; from fastpost.train.config import *; load_config({str(recipe())!r}); help_text()"
     code += "; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_only_packed_attention_shares_a_prompt(recipe):
+    path = recipe(model={"path": "m", "attention": "sdpa"})
+    assert "data.share_prompt: attention 'sdpa' cannot share the prompt of a pair. Set" in message(path)
+    load_config(path, ["--data.share_prompt", "false"])

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Examples in, one packed Batch out. There is no padding anywhere: sequences lie end to end and `cu_seqlens` says
-where."""
+where. The prompt that the replies of an example share is there once: it stands before the first of them, and the
+others see it through `cu_seqlens_k`."""
 
 from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from itertools import pairwise
 
 import torch
 
@@ -24,6 +27,12 @@ class Sequence:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def first_scored(self) -> int:
+        """The first position at which the next token is scored (the last position, when none is)."""
+        at = self.trained.find(1, 1)
+        return len(self.ids) - 1 if at < 0 else at - 1
+
 
 @dataclass(frozen=True)
 class Example:
@@ -38,23 +47,47 @@ class Example:
 
     @property
     def tokens(self) -> int:
+        """Tokens of all sequences."""
         return sum(len(s) for s in self.sequences)
+
+    @cached_property
+    def shared(self) -> int:
+        """Tokens that all sequences begin with and at none of which a token is scored, so one copy serves all: the
+        prompt but for its last token, at which the first token of each reply is scored."""
+        first, *others = self.sequences
+        if not others:
+            return 0
+        n = min(s.first_scored for s in self.sequences)
+        for s in others:
+            n = next((t for t in range(n) if s.ids[t] != first.ids[t]), n)
+        return n
+
+    @property
+    def computed(self) -> int:
+        """Tokens that a batch computes: all, less the copies of what is shared."""
+        return self.tokens - (len(self.sequences) - 1) * self.shared
 
 
 @dataclass
 class Batch:
     """One packed micro-batch of S sequences and T tokens. For pair objectives sequences 2i, 2i+1 are chosen, rejected
-    of pair i."""
+    of pair i.
+
+    A sequence with more keys than tokens of its own begins with a shared prompt: its first keys are the first tokens of
+    the nearest sequence before it that has them itself. Scores are never shared, so to the loss it is a sequence like
+    any other."""
 
     input_ids: torch.Tensor  # int64 [1, T]
-    position_ids: torch.Tensor  # int64 [1, T], from 0 in each sequence
+    position_ids: torch.Tensor  # int64 [1, T], counted from 0 in each sequence, shared tokens included
     cu_seqlens: torch.Tensor  # int32 [S+1], cu_seqlens[0] = 0, cu_seqlens[S] = T
+    cu_seqlens_k: torch.Tensor | None  # int32 [S+1], the same with the shared tokens counted; None = nothing is shared
+    key_rows: torch.Tensor | None  # int64 [cu_seqlens_k[S]], where in T each key stands; None = nothing is shared
     target: torch.Tensor  # int64 [T], already shifted: target[t] is token t+1 of the same sequence, or -100
     reference_logprob: torch.Tensor | None  # float32 [S], sums over scored tokens
     previous_logprob: torch.Tensor | None  # float32 [S]
     reward: torch.Tensor | None  # float32 [S]
     rows: list[int]  # dataset row of each pair (or sequence)
-    longest: int  # tokens in the longest sequence (on the host: varlen kernels ask for it at launch)
+    longest: int  # tokens in the longest sequence, shared ones included (varlen kernels ask for it at launch)
 
     @property
     def tokens(self) -> int:
@@ -72,28 +105,37 @@ class Batch:
         return replace(self, **moved)
 
 
-def collate(examples: list[Example]) -> Batch:
-    """Pack examples in the order given."""
+def collate(examples: list[Example], share_prompt: bool = True) -> Batch:
+    """Pack examples in the order given; with share_prompt what the sequences of an example share is there once."""
     if not examples:
         raise ValueError("[collate] examples: expected at least one, got none.")
-    sequences = [s for e in examples for s in e.sequences]
-    ids, positions, target, ends = array("i"), [], [], [0]
-    for s in sequences:
-        ids.extend(s.ids)
-        positions += range(len(s))
-        # The one place where targets are shifted: position t is scored when token t+1 is trained.
-        target += [i if on else IGNORE for i, on in zip(s.ids[1:], s.trained[1:], strict=True)] + [IGNORE]
-        ends.append(len(ids))
+    ids, positions, target, key_rows, ends, ends_k = array("i"), [], [], [], [0], [0]
+    for example in examples:
+        begin = len(ids)
+        for i, s in enumerate(example.sequences):
+            past = example.shared if share_prompt and i else 0
+            key_rows += range(begin, begin + past)
+            key_rows += range(len(ids), len(ids) + len(s) - past)
+            ids.extend(s.ids[past:])
+            positions += range(past, len(s))
+            # The one place where targets are shifted: position t is scored when token t+1 is trained.
+            scored = zip(s.ids[past + 1 :], s.trained[past + 1 :], strict=True)
+            target += [token if on else IGNORE for token, on in scored] + [IGNORE]
+            ends.append(len(ids))
+            ends_k.append(len(key_rows))
+    sharing = len(key_rows) > len(ids)
     return Batch(
         input_ids=torch.tensor(ids, dtype=torch.int64)[None],
         position_ids=torch.tensor(positions, dtype=torch.int64)[None],
         cu_seqlens=torch.tensor(ends, dtype=torch.int32),
+        cu_seqlens_k=torch.tensor(ends_k, dtype=torch.int32) if sharing else None,
+        key_rows=torch.tensor(key_rows, dtype=torch.int64) if sharing else None,
         target=torch.tensor(target, dtype=torch.int64),
         reference_logprob=_column(examples, "reference_logprob"),
         previous_logprob=_column(examples, "previous_logprob"),
         reward=_column(examples, "reward"),
         rows=[e.row for e in examples],
-        longest=max(len(s) for s in sequences),
+        longest=max(b - a for a, b in pairwise(ends_k)),
     )
 
 

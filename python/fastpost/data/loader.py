@@ -60,13 +60,14 @@ class Dataset:
 
     examples: list[Example]
     report: Report
+    share_prompt: bool = True
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def batch(self, indices: Iterable[int]) -> Batch:
         """The examples at `indices`, in that order, as one packed batch."""
-        return collate([self.examples[i] for i in indices])
+        return collate([self.examples[i] for i in indices], self.share_prompt)
 
     def micro_batches(self, indices: list[int], max_tokens: int, rows: int | None = None) -> list[list[int]]:
         """Cut `indices`, in order, into parts of at most `max_tokens` tokens (or exactly `rows` rows, when given)."""
@@ -74,7 +75,8 @@ class Dataset:
             return [indices[i : i + rows] for i in range(0, len(indices), rows)]
         parts, room = [], 0
         for i in indices:
-            tokens = self.examples[i].tokens
+            example = self.examples[i]
+            tokens = example.computed if self.share_prompt else example.tokens
             if not parts or tokens > room:
                 parts.append([])
                 room = max_tokens
@@ -131,7 +133,7 @@ def load_dataset(
     if not examples:
         raise ValueError(f"{path}: every row was dropped: {report.line()}. Look at it with `fastpost data`.")
     _account(report, examples, encoder)
-    return Dataset(examples, report)
+    return Dataset(examples, report, cfg.share_prompt)
 
 
 def wanted_type(row: Row, objective) -> str:

@@ -2,13 +2,13 @@
 """Attention over packed rows, as a transformers attention function named "fastpost_packed".
 
 Sequences lie end to end in one row of T tokens and `cu_seqlens` says where each begins, so no padding is computed and
-no token sees another sequence. On CUDA (half precision, no softcap) this is one call of torch's varlen kernel;
-elsewhere one scaled_dot_product_attention per sequence. Without cu_seqlens (transformers' own generate, padded batches)
-it behaves like "sdpa".
+no token sees another sequence, but for a prompt that several replies share and that is there once. On CUDA (half
+precision, no softcap) this is one call of torch's varlen kernel; elsewhere one scaled_dot_product_attention per
+sequence. Without cu_seqlens (transformers' own generate, padded batches) it behaves like "sdpa".
 
     register()                                                 # once; import of fastpost.hf.folder does it
     AutoModelForCausalLM.from_pretrained(path, attn_implementation=NAME)
-    model(input_ids, position_ids=..., **packed_arguments(cu_seqlens, longest))
+    model(input_ids, position_ids=..., **packed_arguments(batch.cu_seqlens, batch.longest, batch.cu_seqlens_k, ...))
 """
 
 from __future__ import annotations
@@ -27,10 +27,18 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, mask)
 
 
-def packed_arguments(cu_seqlens: torch.Tensor, longest: int) -> dict:
-    """The keyword arguments by which transformers' models hand packing down to their attention (its flash-attention
-    names)."""
-    return {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": longest, "max_length_k": longest}
+def packed_arguments(
+    cu_seqlens: torch.Tensor,
+    longest: int,
+    cu_seqlens_k: torch.Tensor | None = None,
+    key_rows: torch.Tensor | None = None,
+) -> dict:
+    """The keyword arguments by which transformers' models hand packing down to their attention: its flash-attention
+    names, and key_rows for sequences with a shared prompt (fastpost.data.collate.Batch says what each holds)."""
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens
+    arguments = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens_k}
+    return arguments | {"max_length_q": longest, "max_length_k": longest, "key_rows": key_rows}
 
 
 def mask(batch_size: int, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **kwargs):
@@ -52,14 +60,19 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    key_rows: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """query [B, H, T, d]; key, value [B, G, T, d] with H a multiple of G -> (output [B, T, H, d], None).
 
     With cu_seq_lens_q (int32 [S+1], B = 1) each sequence attends causally to itself, at most `sliding_window` tokens
-    back. softcap: logits become softcap * tanh(logits / softcap). Raises ValueError for what it does not compute
-    (attention sinks, bidirectional attention, a mask beside packing) instead of leaving it out."""
+    back. With key_rows (int64 [K]) sequence s sees key_rows[cu_seq_lens_k[s] : cu_seq_lens_k[s+1]], of which the last
+    are its own and those before them the first of the nearest sequence before it that has only its own.
+
+    softcap: logits become softcap * tanh(logits / softcap). Raises ValueError for what it does not compute (attention
+    sinks, bidirectional attention, a mask beside packing) instead of leaving it out."""
     who = type(module).__name__
     for name in ("s_aux", "position_bias"):
         if kwargs.get(name) is not None:
@@ -80,15 +93,26 @@ def attention(
 
         # transformers counts the window with the token itself, the kernel without.
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        rows = [t[0].transpose(0, 1) for t in (query, key, value)]
-        cu, gqa = cu_seq_lens_q, query.shape[1] != key.shape[1]
-        out = varlen_attn(*rows, cu, cu, max_length_q, max_length_q, scale=scaling, window_size=window, enable_gqa=gqa)
+        if key_rows is not None:
+            key, value = (t.index_select(2, key_rows) for t in (key, value))
+        out = varlen_attn(
+            *(t[0].transpose(0, 1) for t in (query, key, value)),
+            cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k, max_length_q, max_length_q,
+            scale=scaling, window_size=window, enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
         return out[None], None
     # split rather than slice: its backward is one concatenation instead of one full-size gradient per sequence.
     lengths = cu_seq_lens_q.diff().tolist()
-    parts = zip(*(t.split(lengths, dim=2) for t in (query, key, value)))
-    out = torch.cat([_dense(q, k, v, None, **options) for q, k, v in parts], dim=2)
-    return out.transpose(1, 2).contiguous(), None
+    queries, keys, values = (t.split(lengths, dim=2) for t in (query, key, value))
+    shared = [0] * len(lengths) if key_rows is None else (cu_seq_lens_k.diff() - cu_seq_lens_q.diff()).tolist()
+    out = []
+    for q, k, v, n in zip(queries, keys, values, shared, strict=True):
+        if n == 0:
+            prompt = k, v
+        else:
+            k, v = (torch.cat([first[:, :, :n], own], dim=2) for first, own in zip(prompt, (k, v), strict=True))
+        out.append(_dense(q, k, v, None, **options))
+    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 
 
 def _dense(q, k, v, allowed, *, scale, window, softcap, dropout) -> torch.Tensor:

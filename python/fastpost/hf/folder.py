@@ -80,6 +80,8 @@ def save_folder(model, source: str | Path, out: str | Path, dtype: torch.dtype |
                 shutil.copyfile(file, aside / file.name)
         if dtype is not None:
             _set_config_dtype(aside / "config.json", dtype)
+        for file in aside.glob("*.safetensors"):  # written for the owner alone, unlike every other file
+            file.chmod((aside / "config.json").stat().st_mode & 0o777)
         if out.exists():
             out.rmdir()
         os.replace(aside, out)

@@ -31,7 +31,7 @@ def backbone(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         use_cache=False,
-        **attention.packed_arguments(batch.cu_seqlens, batch.longest),
+        **attention.packed_arguments(batch.cu_seqlens, batch.longest, batch.cu_seqlens_k, batch.key_rows),
     )
     return out.last_hidden_state[0]
 
@@ -70,30 +70,38 @@ def logits(hidden: torch.Tensor, h: Head) -> torch.Tensor:
 
 @torch.no_grad()
 def verify(model: torch.nn.Module) -> None:
-    """Compare backbone + head on two packed sequences with the model's own logits on each.
+    """Compare backbone + head on four packed sequences, the last two with a shared prompt, with the model's own logits
+    on each.
 
     Raises ValueError naming the model when they differ by more than rounding.
     """
     name, h, was_training = type(model).__name__, head(model), model.training
-    prompts = [[(7 * i + 3) % h.weight.shape[0] for i in at] for at in (range(1, 5), range(8, 11))]
-    batch = collate([Example(i, (Sequence(ids, bytes(len(ids))),)) for i, ids in enumerate(prompts)]).to(
-        h.weight.device
-    )
+    ids = [(7 * i + 3) % h.weight.shape[0] for i in range(16)]
+    first, second, chosen, rejected = ids[:4], ids[4:7], ids[7:13], ids[7:10] + ids[13:]
+    examples = [
+        Example(i, tuple(Sequence(s, bytes(len(s) - 1) + b"\1") for s in row))
+        for i, row in enumerate([(first,), (second,), (chosen, rejected)])
+    ]
+    shares = model.config._attn_implementation == attention.NAME
+    batch = collate(examples, share_prompt=shares).to(h.weight.device)
     model.eval()
     try:
         ours = logits(backbone(model, batch), h).float()
     except (AttributeError, TypeError) as error:
         raise ValueError(f"[hf] {name}: its backbone does not take packed rows ({error}), so it is refused.") from None
-    rows = [torch.tensor([ids], device=h.weight.device) for ids in prompts]
+    ours = ours if batch.key_rows is None else ours[batch.key_rows]
+    rows = [torch.tensor([s], device=h.weight.device) for s in (first, second, chosen, rejected)]
     own = torch.cat([model(row, use_cache=False).logits[0] for row in rows]).float()
     model.train(was_training)
     errors = (ours - own).norm(dim=1) / own.norm(dim=1)
     limit = 1e-3 if model.dtype == torch.float32 else 5e-2
     # Medians: in a mixture of experts rounding may send one token elsewhere, but a wrong head or a leak hits them all.
-    for error, what in (
-        (errors[:4].median().item(), "backbone and head do not give its own logits"),
-        (errors[4:].median().item(), "a packed sequence sees the one before it"),
+    for part, what in (
+        (slice(0, 4), "backbone and head do not give its own logits"),
+        (slice(4, 13), "a packed sequence sees the one before it"),
+        (slice(16, 19), "a reply does not see the prompt that it shares"),
     ):
+        error = errors[part].median().item()
         if not error < limit:
             raise ValueError(
                 f"[hf] {name}: {what} (relative difference {error:.1e}), so fastpost cannot train it as it is. "

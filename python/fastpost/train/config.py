@@ -31,7 +31,7 @@ class ModelConfig:
     data) | the path of a second folder. auto = start when the objective needs a reference, none when it does not."""
     attention: str = "packed"
     """packed = fastpost's attention over packed rows. Any other name is handed to transformers (sdpa,
-    flash_attention_2)."""
+    flash_attention_2) and needs data.share_prompt false."""
 
 
 @dataclass
@@ -62,6 +62,9 @@ class DataConfig:
     """Use only the first so many held-out rows."""
     shuffle: bool = True
     """Draw a new order each epoch, a pure function of (train.seed, epoch); False = file order."""
+    share_prompt: bool = True
+    """Compute the prompt of a row with several replies (a pair) once instead of once a reply: the same numbers up to
+    rounding, for a quarter to a third fewer tokens on rows like GSM8K's. Only with model.attention packed."""
 
 
 @dataclass
@@ -281,4 +284,9 @@ def _check(cfg: Config, where: str) -> None:
         raise ValueError(
             f"{where}: data.max_prompt_length: expected less than data.max_length ({cfg.data.max_length}), "
             f"got {cfg.data.max_prompt_length}. A prompt that fills the row leaves nothing to train."
+        )
+    if cfg.data.share_prompt and cfg.model.attention != "packed":
+        raise ValueError(
+            f"{where}: data.share_prompt: attention '{cfg.model.attention}' cannot share the prompt of a pair. Set "
+            "data.share_prompt to false, or model.attention to packed."
         )

@@ -15,8 +15,8 @@ PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 
 
 
 def step_flops(model: torch.nn.Module, batches: Sequence[Batch]) -> float:
-    """Forward and backward: 6 per matrix weight and token, 6 * layers * width of the heads * length^2 per causal
-    sequence.
+    """Forward and backward: 6 per matrix weight and token, 12 * layers * width of the heads per pair of a token and one
+    that it sees. A prompt that replies share is computed and counted once.
 
     An embedding that is not also the output matrix is a look-up and counts nothing; recomputation counts nothing.
     """
@@ -27,8 +27,12 @@ def step_flops(model: torch.nn.Module, batches: Sequence[Batch]) -> float:
     if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
         weights -= model.get_input_embeddings().weight.numel()
     tokens = sum(b.tokens for b in batches)
-    squares = sum(int(b.cu_seqlens.diff().long().square().sum()) for b in batches)
-    return 6.0 * weights * tokens + 6.0 * config.num_hidden_layers * width * squares
+    pairs = 0.0
+    for b in batches:
+        own = b.cu_seqlens.diff().double()
+        seen = own if b.cu_seqlens_k is None else b.cu_seqlens_k.diff()
+        pairs += float((own * (seen - own / 2)).sum())
+    return 6.0 * weights * tokens + 12.0 * config.num_hidden_layers * width * pairs
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

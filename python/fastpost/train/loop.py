@@ -104,7 +104,7 @@ def _train(cfg: Config, run: RunFolder) -> None:
             )
             seconds = time.perf_counter() - begin
 
-            tokens = sum(b.tokens for b in batches)
+            tokens = plan.tokens(step)
             seen += tokens
             values |= {"epoch": plan.epoch(step + 1), "num_tokens": seen}
             timing = {
