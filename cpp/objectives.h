@@ -2,8 +2,8 @@
 // Every preference objective once: its loss and its derivative with respect to the summed log-prob of each sequence.
 // Header only and free of torch, Python and containers, so CPU kernels (Real = double) and CUDA kernels share it.
 //
-// python/fastpost/objectives.py has the same objectives in plain torch with conventions, defaults and sources. Structs
-// here have that file's names and its numeric fields in its order; FP_OBJECTIVES is its KINDS. Tests hold both equal.
+// python/fastpost/objectives has the same objectives in plain torch with conventions, defaults and sources. Structs
+// here have its names and its numeric fields in its order; FP_OBJECTIVES is its KINDS. Tests hold both equal.
 #pragma once
 
 #include <cmath>
@@ -23,7 +23,8 @@ namespace fastpost {
   X(dpo_sigmoid) X(dpo_hinge) X(dpo_robust) X(dpo_exo_pair) X(dpo_nca_pair)                                 \
   X(dpo_bco_pair) X(dpo_sppo_hard) X(dpo_apo_zero) X(dpo_apo_down) X(dpo_discopop)                          \
   X(ipo_mean) X(ipo_sum) X(simpo_sigmoid) X(simpo_hinge) X(cpo_sigmoid) X(cpo_hinge)                        \
-  X(orpo) X(kto) X(lndpo) X(inpo) X(rebel) X(refuel)
+  X(orpo) X(kto) X(lndpo) X(inpo) X(rebel) X(refuel)                                                        \
+  X(bco) X(xpo_sigmoid) X(xpo_ipo) X(alphapo) X(rdpo) X(dpop)
 // clang-format on
 
 #define FP_ENUMERATOR(name) name,
@@ -49,11 +50,14 @@ constexpr Needs needs(Kind kind) {
     case Kind::simpo_hinge:
     case Kind::cpo_sigmoid:
     case Kind::cpo_hinge:
+    case Kind::alphapo:
     case Kind::orpo: return {true, false, false, false};
+    case Kind::xpo_sigmoid:
+    case Kind::xpo_ipo: return {true, true, false, true};
     case Kind::inpo: return {true, true, true, false};
     case Kind::rebel:
     case Kind::refuel: return {true, false, true, true};
-    default: return {true, true, false, false};  // dpo_*, ipo_*, lndpo
+    default: return {true, true, false, false};  // dpo_*, ipo_*, lndpo, bco, rdpo, dpop
   }
 }
 
@@ -63,6 +67,7 @@ constexpr bool divides_by_length(const Objective& o) {
     case Kind::ipo_mean:
     case Kind::simpo_sigmoid:
     case Kind::simpo_hinge:
+    case Kind::alphapo:
     case Kind::orpo:
     case Kind::lndpo: return true;
     case Kind::cpo_sigmoid:
@@ -312,10 +317,71 @@ struct REBEL {
   }
 };
 
+template <class Real>
+struct BCO {
+  Real beta;
+  FP_HOST_DEVICE PairLoss<Real> operator()(const Sequence<Real>& c, const Sequence<Real>& r, Real delta) const {
+    const Real x = beta * c.ratio() - delta, y = beta * r.ratio() - delta;
+    return {softplus(-x) + softplus(y), -beta * sigmoid(-x), beta * sigmoid(y)};
+  }
+};
+
+template <class Real>
+struct XPO {
+  Real beta, alpha;
+  // Adds alpha * (log-prob of the replies that the reference wrote).
+  FP_HOST_DEVICE PairLoss<Real> with_optimism(PairLoss<Real> loss, const Sequence<Real>& c,
+                                              const Sequence<Real>& r) const {
+    const Real x = c.reward > 0 ? alpha : Real(0), y = r.reward > 0 ? alpha : Real(0);
+    return {loss.value + x * c.logprob + y * r.logprob, loss.chosen + x, loss.rejected + y};
+  }
+  FP_HOST_DEVICE PairLoss<Real> sigmoid(const Sequence<Real>& c, const Sequence<Real>& r) const {
+    return with_optimism(chain(LogSigmoid<Real>{0}(beta * (c.ratio() - r.ratio())), beta, -beta), c, r);
+  }
+  FP_HOST_DEVICE PairLoss<Real> ipo(const Sequence<Real>& c, const Sequence<Real>& r) const {
+    return with_optimism(IPO<Real>{beta}.sum(c, r), c, r);
+  }
+};
+
+template <class Real>
+struct AlphaPO {
+  Real beta, alpha, gamma_beta_ratio, label_smoothing;
+  // (1 - p^-alpha) / alpha for p = e^mean. Exponents above 40 count as 40 in value and slope, as in ORPO.
+  FP_HOST_DEVICE Curve<Real> bent(Real mean) const {
+    if (alpha == 0) return {mean, Real(1)};
+    const Real x = -alpha * mean > 40 ? Real(40) : -alpha * mean;
+    return {-std::expm1(x) / alpha, std::exp(x)};
+  }
+  FP_HOST_DEVICE PairLoss<Real> operator()(const Sequence<Real>& c, const Sequence<Real>& r) const {
+    const Curve<Real> x = bent(c.mean()), y = bent(r.mean());
+    return chain(LogSigmoid<Real>{label_smoothing}(beta * (x.value - y.value - gamma_beta_ratio)),
+                 beta * x.slope * c.per_token(), -beta * y.slope * r.per_token());
+  }
+};
+
+template <class Real>
+struct RDPO {
+  Real beta, alpha, label_smoothing;
+  FP_HOST_DEVICE PairLoss<Real> operator()(const Sequence<Real>& c, const Sequence<Real>& r) const {
+    const Real z = beta * (c.ratio() - r.ratio()) + alpha * (c.length - r.length);
+    return chain(LogSigmoid<Real>{label_smoothing}(z), beta, -beta);
+  }
+};
+
+template <class Real>
+struct DPOP {
+  Real beta, penalty, label_smoothing;
+  FP_HOST_DEVICE PairLoss<Real> operator()(const Sequence<Real>& c, const Sequence<Real>& r) const {
+    const Real slope = c.ratio() < 0 ? 1 + penalty : Real(1);
+    const Real z = beta * (slope * c.ratio() - r.ratio());
+    return chain(LogSigmoid<Real>{label_smoothing}(z), beta * slope, -beta);
+  }
+};
+
 // ---- the two entry points ----
 
 // The loss of the pair (c, r), or of the sequence c alone where needs(kind).pairs is false (r is then not read).
-// kl: the batch estimate that KTO subtracts; negative values count as 0.
+// kl: the batch estimate that KTO subtracts (negative values count as 0), or BCO's delta.
 template <class Real>
 FP_HOST_DEVICE PairLoss<Real> evaluate(const Objective& o, const Sequence<Real>& c, const Sequence<Real>& r, Real kl) {
   const Real p0 = Real(o.params[0]), p1 = Real(o.params[1]), p2 = Real(o.params[2]), p3 = Real(o.params[3]);
@@ -345,6 +411,12 @@ FP_HOST_DEVICE PairLoss<Real> evaluate(const Objective& o, const Sequence<Real>&
     case Kind::inpo: return INPO<Real>{p0, p1}(c, r);
     case Kind::rebel:
     case Kind::refuel: return REBEL<Real>{p0}(c, r);
+    case Kind::bco: return BCO<Real>{p0}(c, r, kl);
+    case Kind::xpo_sigmoid: return XPO<Real>{p0, p1}.sigmoid(c, r);
+    case Kind::xpo_ipo: return XPO<Real>{p0, p1}.ipo(c, r);
+    case Kind::alphapo: return AlphaPO<Real>{p0, p1, p2, p3}(c, r);
+    case Kind::rdpo: return RDPO<Real>{p0, p1, p2}(c, r);
+    case Kind::dpop: return DPOP<Real>{p0, p1, p2}(c, r);
     default: return SFT<Real>{}(c);
   }
 }
@@ -360,6 +432,10 @@ FP_HOST_DEVICE Real implicit_reward(const Objective& o, const Sequence<Real>& s)
     case Kind::orpo: return scale * s.mean();
     case Kind::cpo_sigmoid:
     case Kind::cpo_hinge: return scale * s.logprob;
+    case Kind::alphapo: {
+      const AlphaPO<Real> alphapo{scale, Real(o.params[1]), Real(o.params[2]), Real(o.params[3])};
+      return scale * alphapo.bent(s.mean()).value;
+    }
     case Kind::rebel:
     case Kind::refuel: return (s.logprob - s.previous) / scale;
     default: return scale * s.ratio();

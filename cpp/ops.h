@@ -54,7 +54,7 @@ void linear_logprob_tile_backward(Tensor logits, Tensor bias, Tensor target, int
 // ---- preference_loss: from token log-probs to a loss ----------------------------------------------------------------
 
 // Sums logprob over the scored tokens (target != ignore_index) of each packed sequence, then evaluates an objective of
-// objectives.h (kind, params: core() in objectives.py) and its derivative.
+// objectives.h (kind, params: core() in python/fastpost/objectives) and its derivative.
 // logprob [T], target [T] int64, cu_seqlens [S + 1] int32; reference?, previous?, reward? [S], kl? [] as needs(kind) says;
 // out: loss [] (mean over pairs, sequences or tokens; 0 if there are none), losses [S / 2] for pairs, else [S],
 // logprob_sum [S], length [S] int32, rewards [S], derivative [S] = d losses / d logprob_sum.

@@ -149,6 +149,96 @@ def test_kto_and_sft_closed_forms(loss_of):
     assert o.SFT().count(torch.tensor([2, 6])).item() == 8  # the mean is over tokens
 
 
+def test_bco_closed_forms():
+    args = pair(-1.0, -2.0), torch.tensor([3, 4]), pair(-3.0, -1.0)  # rewards beta (2, -1)
+    log_s = lambda x: -math.log1p(math.exp(-x))  # noqa: E731
+    for run in (plain, compiled):
+        for delta in (0.3, -0.4, torch.tensor([0.3], dtype=F64)):
+            losses, grad, rewards = run(o.BCO(0.5), *args, kl=delta)
+            d = float(delta)
+            assert losses.item() == pytest.approx(-log_s(1.0 - d) - log_s(0.5 + d))
+            assert grad[0].item() == pytest.approx(-0.5 / (1 + math.exp(1.0 - d)))
+            assert rewards.tolist() == [1.0, -0.5]
+        torch.testing.assert_close(run(o.BCO(0.5), *args), run(o.DPO(0.5, "bco_pair"), *args))
+
+
+def test_xpo_closed_forms(loss_of):
+    """Algorithm 1: DPO's loss and alpha times the log-prob of the reference's own reply, be it chosen or rejected."""
+    columns = {"reference_logprob": (-10.0, -15.0)}
+    dpo, dpo_slope = loss_of(o.DPO(0.1), (-5.0, -20.0), **columns)
+    for mark, bonus, slope in (((1.0, 0.0), -5.0, 1.0), ((0.0, 1.0), -20.0, 0.0), ((0.0, 0.0), 0.0, 0.0)):
+        got = loss_of(o.XPO(0.1, alpha=0.01), (-5.0, -20.0), **columns, reward=mark)
+        assert got == pytest.approx((dpo + 0.01 * bonus, dpo_slope + 0.01 * slope))
+    ipo = loss_of(o.XPO(0.1, 0.01, "ipo"), (-5.0, -20.0), **columns, reward=(0.0, 1.0))
+    assert ipo == pytest.approx(((10 - 5) ** 2 - 0.2, 2 * (10 - 5)))
+
+
+def test_alphapo_closed_forms(loss_of):
+    # p = 1/2 and 1/4 a token, alpha 1: r = 1 - 1 / p is -1 and -3, so z = 2 (2 - 0.5) = 3
+    loss, slope = loss_of(o.AlphaPO(2.0, 1.0, 0.5), (4 * math.log(0.5), 3 * math.log(0.25)), (4, 3))
+    assert loss == pytest.approx(math.log1p(math.exp(-3.0)))
+    assert slope * 4 == pytest.approx(-2.0 / 0.5 / (1 + math.exp(3.0)))  # dr / dmean = 1 / p
+    simpo = loss_of(o.SimPO(2.5, 0.55), (-0.8 * 4, -1.6 * 3), (4, 3))
+    assert loss_of(o.AlphaPO(2.5, 0.0, 0.55), (-0.8 * 4, -1.6 * 3), (4, 3)) == pytest.approx(simpo)
+    assert loss_of(o.AlphaPO(2.5, 1e-9, 0.55), (-0.8 * 4, -1.6 * 3), (4, 3)) == pytest.approx(simpo)
+    assert o.AlphaPO(2.0, 1.0).rewards(pair(math.log(0.5)), torch.ones(1)).item() == pytest.approx(-2.0)
+    # beyond e^40 the reward stays, the derivative stays, too
+    far, slope = loss_of(o.AlphaPO(1.0, 1.0), (-500.0, 0.0))
+    assert far == pytest.approx(math.exp(40)) and slope == pytest.approx(-math.exp(40))
+
+
+def test_rdpo_and_dpop_closed_forms(loss_of):
+    columns = {"reference_logprob": (-10.0, -15.0)}
+    # ratios 5 and -5; four tokens longer at 0.25 nats each
+    loss, slope = loss_of(o.RDPO(0.1, 0.25), (-5.0, -20.0), (7, 3), **columns)
+    assert loss == pytest.approx(math.log1p(math.exp(-2.0))) and slope == pytest.approx(-0.1 / (1 + math.exp(2.0)))
+    assert loss_of(o.RDPO(0.1, 0.0), (-5.0, -20.0), (7, 3), **columns) == loss_of(o.DPO(0.1), (-5.0, -20.0), **columns)
+    # the chosen reply has become less probable by 2: penalty 2 * 3
+    loss, slope = loss_of(o.DPOP(0.1, 3.0), (-12.0, -20.0), **columns)
+    assert loss == pytest.approx(math.log1p(math.exp(0.3))) and slope == pytest.approx(-0.4 / (1 + math.exp(-0.3)))
+    assert loss_of(o.DPOP(0.1, 3.0), (-5.0, -20.0), **columns) == loss_of(o.DPO(0.1), (-5.0, -20.0), **columns)
+    assert loss_of(o.DPOP(0.1), (-10.0, -15.0), **columns) == pytest.approx(
+        (LN2, -0.05)
+    )  # as DPO where training starts
+
+
+def test_tpo_closed_forms():
+    logprob, length = pair(-2.0, -9.0, -6.0).requires_grad_(), torch.tensor([2, 3, 4])
+    losses = o.TPO(0.1, tpo_alpha=0.5)(logprob, length)
+    assert losses.tolist() == pytest.approx([math.log1p(math.exp(-0.7)) + 0.5 * 1.5])
+    (grad,) = torch.autograd.grad(losses.sum(), logprob)
+    slope = 0.1 / (1 + math.exp(0.7))
+    assert grad.tolist() == pytest.approx([-slope, slope, -0.125])
+    assert o.TPO(0.1, "hinge", tpo_alpha=0)(logprob, length).tolist() == pytest.approx([0.3])
+    assert o.TPO(0.1, "ipo", tpo_alpha=0)(logprob, length).tolist() == pytest.approx([(2 - 5) ** 2])
+    long = o.TPO(0.5, "tpo-l", tpo_alpha=0, tpo_l_gamma=0.4)(logprob, length).item()
+    assert long == pytest.approx(math.log1p(math.exp(-0.6)))
+    assert o.TPO().count(torch.ones(6)) == 2 and o.TPO().core() is None
+
+
+def test_tpo_from_token_logprobs():
+    """What the core does not know runs in torch behind the same function, and the mean is over triples."""
+    sums, length = -torch.arange(1.0, 7.0, dtype=F64), torch.tensor([2, 3, 4, 1, 2, 5])
+    losses, grad, rewards = compiled(o.TPO(), sums, length)
+    expected, expected_grad, expected_rewards = plain(o.TPO(), sums, length)
+    torch.testing.assert_close((losses, grad, rewards), (expected, expected_grad, expected_rewards))
+    out = preference_loss_from_logprob(sums, torch.zeros(6).long(), torch.arange(7).int(), o.TPO())
+    torch.testing.assert_close(out.loss, out.losses.mean())
+
+
+def test_bradley_terry_closed_forms():
+    reward = pair(1.5, 0.5, -1.0, 2.0).requires_grad_()
+    losses = o.BradleyTerry()(reward)
+    assert losses.tolist() == pytest.approx([math.log1p(math.exp(-1.0)), math.log1p(math.exp(3.0))])
+    (grad,) = torch.autograd.grad(losses.sum(), reward)
+    assert grad[0].item() == -grad[1].item() == pytest.approx(-1 / (1 + math.exp(1.0)))
+    margin = o.BradleyTerry()(reward, pair(1.0, -3.0))
+    assert margin.tolist() == pytest.approx([LN2, LN2]) == o.BradleyTerry()(reward, 1.0)[:1].tolist() + [LN2]
+    centred = o.BradleyTerry(center=0.1)(reward)
+    assert (centred - losses).tolist() == pytest.approx([0.1 * 4, 0.1 * 1])
+    assert o.BradleyTerry()(torch.zeros(0)).shape == (0,)
+
+
 # ---- the compiled core against autograd of the plain definition ----
 
 
@@ -164,7 +254,9 @@ def _all_objectives():
     yield from (o.SimPO(), o.SimPO(2.5, 0.55, "sigmoid", 0.1, 0.3), o.SimPO(2.5, 0.55, "hinge", sft_weight=0.3))
     yield from (o.CPO(), o.CPO(0.3, "sigmoid", 0.1, 0.0), o.CPO(0.3, "hinge"))
     yield from (o.ORPO(), o.ORPO(2.0), o.KTO(), o.KTO(0.3, 1.5, 0.5), o.LNDPO(0.5), o.LNDPO())
-    yield from (o.INPO(), o.INPO(0.5, 1.0), o.REBEL(), o.REFUEL(3.0))
+    yield from (o.INPO(), o.INPO(0.5, 1.0), o.REBEL(), o.REFUEL(3.0), o.BCO(), o.BCO(2.0))
+    yield from (o.XPO(), o.XPO(0.3, 0.1), o.XPO(0.3, 0.1, "ipo"), o.RDPO(), o.RDPO(0.3, 0.5, 0.1))
+    yield from (o.AlphaPO(), o.AlphaPO(2.5, 0.0), o.AlphaPO(2.0, -0.4, 0.3, 0.1), o.DPOP(), o.DPOP(0.1, 2.0, 0.1))
 
 
 ALL = list(_all_objectives())
@@ -309,6 +401,23 @@ def test_from_name():
         (lambda: o.DPO()(torch.zeros(2), torch.ones(2)), r"\[DPO\] reference_logprob: expected a tensor \[2\], got"),
         (lambda: o.INPO()(*[torch.zeros(2)] * 3), r"\[INPO\] previous_logprob: expected a tensor \[2\], got None"),
         (lambda: o.KTO()(*[torch.zeros(2)] * 3), r"\[KTO\] reward: .* \(for KTO, > 0 means desirable\)"),
+        (
+            lambda: o.XPO()(*[torch.zeros(2)] * 3),
+            r"\[XPO\] reward: .*: pass marks \(for XPO, > 0 means written by the reference",
+        ),
+        (
+            lambda: o.TPO(loss_type="ipo", label_smoothing=0.1),
+            r"\[TPO\] label_smoothing: expected 0 with loss_type 'ipo'",
+        ),
+        (
+            lambda: o.TPO()(torch.zeros(4), torch.ones(4)),
+            r"\[TPO\] logprob: expected .* 3 divides .* got 4. Pass whole",
+        ),
+        (lambda: o.from_name("tpo"), "expected one of sft, dpo, .*, got 'tpo'"),
+        (lambda: o.BradleyTerry(-1), r"\[BradleyTerry\] center: expected a finite number of at least 0, got -1."),
+        (lambda: o.BradleyTerry()(torch.zeros(3)), r"\[BradleyTerry\] reward: .* even number .* got shape \[3\]. Pass"),
+        (lambda: o.BradleyTerry()(torch.zeros(4, 1)), r"\[BradleyTerry\] reward: .* got shape \[4, 1\]"),
+        (lambda: o.BradleyTerry()(torch.zeros(4), torch.zeros(4)), r"margin: .* a tensor \[2\], got shape \[4\]"),
         (lambda: o.SimPO()(torch.zeros(3), torch.ones(3)), r"\[SimPO\] logprob: expected an even number of sequences"),
     ],
 )

@@ -90,6 +90,7 @@ DPO_CASES = [
     ("discopop", objectives.DPO(beta=0.3, loss_type="discopop", discopop_tau=0.7)),
     ("ipo", objectives.IPO(beta=0.3)),
     ("sigmoid_norm", objectives.LNDPO(beta=0.3)),
+    ("bco_pair", objectives.BCO(beta=0.3)),  # TRL's delta is 0 by now
 ]
 
 
@@ -221,6 +222,14 @@ REFERENCE_FREE = [
         {"loss_type": "sigmoid", "label_smoothing": 0.1, "cpo_alpha": 0.0},
     ),
     (objectives.CPO(beta=0.2, loss_type="hinge", cpo_alpha=0.5), {"loss_type": "hinge", "cpo_alpha": 0.5}),
+    (
+        objectives.AlphaPO(beta=2.5, alpha=0.25, gamma_beta_ratio=0.4, label_smoothing=0.1),
+        {"loss_type": "simpo", "alpha": 0.25, "simpo_gamma": 1.0, "label_smoothing": 0.1, "cpo_alpha": 0.0},
+    ),
+    (
+        objectives.AlphaPO(beta=2.0, alpha=-0.5, gamma_beta_ratio=0.1),
+        {"loss_type": "simpo", "alpha": -0.5, "simpo_gamma": 0.2, "cpo_alpha": 0.0},
+    ),
 ]
 
 
@@ -249,3 +258,49 @@ def test_orpo_equals_trl():
     objective, case = objectives.ORPO(beta=0.4), Logits(prompt=1)
     loss, metrics = _trl_reference_free(trainer, case, beta=objective.beta)
     _compare_reference_free(objective, case, loss, metrics, rtol=1e-5)  # TRL computes the odds in float32
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "tpo-l"])
+def test_tpo_equals_trl(loss_type):
+    trainer_class = pytest.importorskip("trl.experimental.tpo").TPOTrainer
+    smoothing = 0.1 if loss_type in ("sigmoid", "tpo-l") else 0.0
+    objective = objectives.TPO(0.3, loss_type, smoothing, tpo_alpha=0.7, tpo_l_gamma=0.2)
+    g = torch.Generator().manual_seed(2)
+    n, prompt = 3 * PAIRS, 3  # TRL's order: all chosen, all rejected, all gold
+    logits = torch.randn(n, LENGTH, VOCAB, generator=g, dtype=torch.float64).requires_grad_()
+    ids = torch.randint(0, VOCAB, (n, LENGTH), generator=g)
+    end = torch.randint(5, LENGTH + 1, (n, 1), generator=g)
+    end[2 * PAIRS :] = LENGTH  # TRL averages over the gold tokens of the batch
+    attention = (torch.arange(LENGTH) < end).long()
+    completion = attention * (torch.arange(LENGTH) >= prompt)
+    trainer = types.SimpleNamespace(
+        model=types.SimpleNamespace(training=True), accelerator=_accelerator(), _tp_size=1, _total_train_tokens=0,
+        _metrics={"train": defaultdict(list)}, loss_type=loss_type, beta=objective.beta, label_smoothing=smoothing,
+        tpo_alpha=objective.tpo_alpha, tpo_l_gamma=objective.tpo_l_gamma,
+    )  # fmt: skip
+    inputs = {"input_ids": ids, "attention_mask": attention, "completion_mask": completion}
+    model = lambda **kwargs: types.SimpleNamespace(logits=logits)  # noqa: E731
+    loss = trainer_class._compute_loss(trainer, model, inputs, return_outputs=False)
+    expected = torch.autograd.grad(loss, logits)
+
+    logps = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2) * completion[:, 1:]
+    logprob, length = (torch.stack(x.chunk(3), 1).flatten() for x in (logps.sum(1), completion[:, 1:].sum(1)))
+    ours = objective(logprob, length).sum() / objective.count(length)
+    _assert_same(ours, torch.autograd.grad(ours, logits, retain_graph=True), loss, expected, rtol=1e-6)
+    rewards = objective.rewards(logprob, length)
+    assert rewards[0::3].mean().item() == pytest.approx(trainer._metrics["train"]["rewards/chosen"][0], rel=1e-6)
+
+
+@pytest.mark.parametrize("margin", [None, torch.tensor([0.5, 0.0, 1.0, 2.0], dtype=torch.float64)])
+def test_bradley_terry_equals_trl(margin):
+    reward = torch.randn(8, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    trainer = types.SimpleNamespace(
+        model=types.SimpleNamespace(training=True), accelerator=_accelerator(), _tp_size=1, _total_train_tokens=0,
+        _metrics={"train": defaultdict(list)}, args=types.SimpleNamespace(center_rewards_coefficient=0.01),
+    )  # fmt: skip
+    inputs = {"attention_mask": torch.ones(8, 2)} | ({} if margin is None else {"margin": margin})
+    model = lambda **kwargs: types.SimpleNamespace(logits=reward)  # noqa: E731
+    loss = trl.RewardTrainer.compute_loss(trainer, model, inputs)
+    expected = torch.autograd.grad(loss, reward)
+    ours = objectives.BradleyTerry(0.01)(_interleave(*reward[:, 0].chunk(2)), 0.0 if margin is None else margin).mean()
+    _assert_same(ours, torch.autograd.grad(ours, reward), loss, expected)
