@@ -30,6 +30,7 @@ def preference_loss(
     reward: torch.Tensor | None = None,
     kl: torch.Tensor | float | None = None,
     bias: torch.Tensor | None = None,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
@@ -48,12 +49,13 @@ def preference_loss(
         objective: from fastpost.objectives, or any callable f(logprob [S], length [S]) -> losses of plain torch. The
             loss is then their mean and autograd does the rest; a subclass of Objective of your own works as well.
         reference_logprob, previous_logprob, reward: [S] float32, where the objective needs them. No gradient.
-        kl: KTO's estimate, a number or a one-element tensor. No gradient.
-        bias, temperature, softcap, ignore_index, memory_budget: see linear_logprob.
+        kl: KTO's estimate or BCO's delta, a number or a one-element tensor. No gradient.
+        bias, low_rank, temperature, softcap, ignore_index, memory_budget: see linear_logprob.
 
     Returns:
         PreferenceOutput(loss [], losses [P], logprob [S], rewards [S], length [S] int32), float32; P counts pairs, or
-        sequences for objectives without pairs. loss, losses and logprob are differentiable in hidden, weight and bias.
+        sequences for objectives without pairs. loss, losses and logprob are differentiable in hidden, weight, bias
+        and low_rank.
 
     Raises:
         ValueError: wrong dtype, shape, device or layout, a missing column, an odd number of sequences for a pair
@@ -64,10 +66,10 @@ def preference_loss(
     if USE_REFERENCE:
         return reference.preference_loss(hidden, weight, target, cu_seqlens, objective,
                                          reference_logprob=reference_logprob, previous_logprob=previous_logprob,
-                                         reward=reward, kl=kl, bias=bias, temperature=temperature, softcap=softcap,
-                                         ignore_index=ignore_index)  # fmt: skip
-    logprob = linear_logprob(hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap,
-                             ignore_index=ignore_index, memory_budget=memory_budget)  # fmt: skip
+                                         reward=reward, kl=kl, bias=bias, low_rank=low_rank, temperature=temperature,
+                                         softcap=softcap, ignore_index=ignore_index)  # fmt: skip
+    logprob = linear_logprob(hidden, weight, target, bias=bias, low_rank=low_rank, temperature=temperature,
+                             softcap=softcap, ignore_index=ignore_index, memory_budget=memory_budget)  # fmt: skip
     return preference_loss_from_logprob(logprob, target, cu_seqlens, objective, reference_logprob=reference_logprob,
                                         previous_logprob=previous_logprob, reward=reward, kl=kl,
                                         ignore_index=ignore_index)  # fmt: skip

@@ -13,7 +13,7 @@ from fastpost.reference.linear_logprob import linear_logprob
 
 
 class PreferenceOutput(NamedTuple):
-    """What preference_loss returns. P: pairs, or sequences for objectives without pairs. S: sequences.
+    """What preference_loss returns. P: pairs, or sequences (TPO: triples) for objectives without. S: sequences.
 
     The first three are differentiable.
     """
@@ -26,11 +26,11 @@ class PreferenceOutput(NamedTuple):
 
 
 def preference_loss(hidden, weight, target, cu_seqlens, objective, *, reference_logprob=None, previous_logprob=None,
-                    reward=None, kl=None, bias=None, temperature=1.0, softcap=None, ignore_index=-100,
-                    memory_budget=None):  # fmt: skip
+                    reward=None, kl=None, bias=None, low_rank=None, temperature=1.0, softcap=None,
+                    ignore_index=-100, memory_budget=None):  # fmt: skip
     """Same signature and meaning as :func:`fastpost.preference_loss`; stores the logits."""
-    logprob = linear_logprob(hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap,
-                             ignore_index=ignore_index)  # fmt: skip
+    logprob = linear_logprob(hidden, weight, target, bias=bias, low_rank=low_rank, temperature=temperature,
+                             softcap=softcap, ignore_index=ignore_index)  # fmt: skip
     return preference_loss_from_logprob(logprob, target, cu_seqlens, objective, reference_logprob=reference_logprob,
                                         previous_logprob=previous_logprob, reward=reward, kl=kl,
                                         ignore_index=ignore_index)  # fmt: skip
@@ -111,6 +111,7 @@ def cases() -> list[Case]:
              o.KTO(), o.LNDPO(), o.INPO(eta=0.5), o.REBEL(), o.REFUEL(eta=2.0)]  # fmt: skip
     every += [o.DPO(loss_type=t) for t in o.DPO_LOSS_TYPES if t != "exo_pair"]
     every += [o.DPO(loss_type="exo_pair", label_smoothing=1e-3), o.IPO(normalization="sum"), o.SimPO(loss_type="hinge")]
+    every += [o.BCO(), o.XPO(alpha=0.1), o.XPO(alpha=0.1, loss_type="ipo"), o.AlphaPO(), o.RDPO(), o.DPOP(0.1, 2.0)]
     return [
         *(Case(f"{x.name}-{i}", x, mixed) for i, x in enumerate(every)),
         Case("no-sequences", o.SimPO(), ()),
@@ -121,5 +122,7 @@ def cases() -> list[Case]:
         Case("large-logits", o.SimPO(), mixed, scale=30.0),
         Case("options", o.SimPO(), mixed, bias=True, options={"temperature": 0.7, "softcap": 20.0}),
         Case("kl", o.KTO(), mixed, options={"kl": 0.5}),
+        Case("triples", o.TPO(), mixed[:6]),
+        Case("delta", o.BCO(), mixed, options={"kl": -0.5}),
         Case("long", o.SimPO(), (700, 400, 300, 650), v=2001, d=32, options={"memory_budget": 1 << 20}),
     ]  # fmt: skip
