@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastpost
 from compare import FLOATS, error, forward_and_gradients
 from fastpost.ops._tiles import plan
+from fastpost.ops.linear_logprob import _forward_op
 from fastpost.reference import linear_logprob as reference
 
 CASES = reference.cases()
@@ -139,9 +140,10 @@ def test_opcheck(device):
     weight = torch.randn(40, 8, device=device, requires_grad=True)
     bias = torch.randn(40, device=device, requires_grad=True)
     target = torch.tensor([0, 1, 2, 39, -100, 5, 6, 7, 8], device=device)
-    op = torch.ops.fastpost.linear_logprob.default
     for b, entropy in [(None, False), (bias, True)]:
-        torch.library.opcheck(op, (hidden, weight, target, b, None, None, 0.9, 20.0, -100, entropy, 1 << 20, True))
+        torch.library.opcheck(
+            _forward_op, (hidden, weight, target, b, None, None, 0.9, 20.0, -100, entropy, 1 << 20, True)
+        )
 
 
 def test_compiles_without_graph_break(device):
