@@ -7,27 +7,32 @@ model with an extra step that is not understood here is refused instead of train
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from fastpost.data.collate import Batch, Example, Sequence, collate
-from fastpost.hf import attention
+from fastpost.hf import attention, lora
 
 
 class Head(NamedTuple):
-    """logits = softcap(hidden @ weight.T + bias) / temperature, the arguments of fastpost.linear_logprob by their
-    names."""
+    """logits = softcap(hidden @ weight.T + a @ b.T + bias) / temperature with (a, b) = low_rank(hidden), the arguments
+    of fastpost.linear_logprob by their names."""
 
     weight: torch.Tensor  # [V, D]
     bias: torch.Tensor | None  # [V]
     softcap: float | None
     temperature: float
+    low_rank: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]  # None without a LoRA adapter
 
 
 def backbone(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Final hidden states [T, D] (after the last norm) of a packed batch, in the dtype of the model's computation."""
-    out = model.base_model(
+    """Final hidden states [T, D] (after the last norm) of a packed batch, in the dtype of the model's computation.
+
+    `model`: a causal LM of transformers, or peft's wrapper of one."""
+    out = lora.inner(model).base_model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         use_cache=False,
@@ -37,8 +42,8 @@ def backbone(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def head(model: torch.nn.Module) -> Head:
-    """The output projection. Raises ValueError for a model whose logits are more than a linear layer, softcap and
-    scale."""
+    """The output projection, with the LoRA adapter that is active on it now. Raises ValueError for a model whose logits
+    are more than a linear layer, LoRA, softcap and scale."""
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
     name = type(model).__name__
     if layer is None or not isinstance(getattr(layer, "weight", None), torch.Tensor) or layer.weight.ndim != 2:
@@ -55,7 +60,8 @@ def head(model: torch.nn.Module) -> Head:
         raise ValueError(
             f"[head] {name}: has a softcap and a logit scale; their order is not known here, so it is refused."
         )
-    return Head(layer.weight, getattr(layer, "bias", None), softcap, temperature)
+    low_rank = partial(lora.low_rank, layer, lora.adapter(layer))
+    return Head(layer.weight, getattr(layer, "bias", None), softcap, temperature, low_rank)
 
 
 def logits(hidden: torch.Tensor, h: Head) -> torch.Tensor:
@@ -63,6 +69,8 @@ def logits(hidden: torch.Tensor, h: Head) -> torch.Tensor:
     out = torch.nn.functional.linear(
         hidden, h.weight.to(hidden.dtype), None if h.bias is None else h.bias.to(hidden.dtype)
     )
+    pair = h.low_rank(hidden)
+    out = out if pair is None else out + pair[0] @ pair[1].T
     if h.softcap is not None:
         out = h.softcap * torch.tanh(out / h.softcap)
     return out / h.temperature

@@ -23,9 +23,9 @@ from .recompute import recompute
 def forward(model: torch.nn.Module, batch: Batch, objective):
     """The objective's PreferenceOutput on `batch`: losses [P or S], logprob [S], rewards [S], length [S], all
     float32."""
-    h = head(model)
+    h, hidden = head(model), backbone(model, batch)
     return fastpost.preference_loss(
-        backbone(model, batch),
+        hidden,
         h.weight,
         batch.target,
         batch.cu_seqlens,
@@ -34,6 +34,7 @@ def forward(model: torch.nn.Module, batch: Batch, objective):
         previous_logprob=batch.previous_logprob,
         reward=batch.reward,
         bias=h.bias,
+        low_rank=h.low_rank(hidden),
         temperature=h.temperature,
         softcap=h.softcap,
     )
