@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import enum
 
+import torch
 from torch import Tensor
 
-from fastpost.compat.logits import target_logit
+from fastpost.compat.logits import in_float32, target_logit
 from fastpost.ops.linear_logprob import linear_logprob
 
 OP = "linear_cross_entropy"
@@ -52,8 +53,8 @@ def linear_cross_entropy(
         softcap: s > 0 replaces each logit x by s·tanh(x / s).
         reduction: "mean" over the rows that are not ignored (NaN when there are none), "sum" or "none".
         shift: n > 0 scores targets[..., n:] from e[..., :-n, :], within each row of the batch; True is 1.
-        return_lse: also return the log-sum-exp of the logits, differentiable, for a z-loss. With bfloat16 it is off by
-            the rounding of the target's logit.
+        return_lse: also return the log-sum-exp of the logits, differentiable, for a z-loss. Half precision is then
+            computed in float32, with a float32 copy of `c`.
         filter_eps, accum_e_fp32, accum_c_fp32, filter_e_grad, filter_c_grad, impl: how much gradient the original may
             drop and how it adds up. Here nothing is dropped and sums are float32, whatever they say.
         vocab_parallel_options: must be None.
@@ -69,18 +70,22 @@ def linear_cross_entropy(
     shift = int(shift)
     if shift:
         e, targets = e[..., :-shift, :], targets[..., shift:]
-    hidden, y = e.reshape(-1, e.shape[-1]), targets.reshape(-1)
-    logprob = linear_logprob(hidden, c, y, bias=bias, softcap=softcap, ignore_index=ignore_index)
-    if reduction == "none":
-        loss = -logprob.view(targets.shape)
-    else:
-        loss = -logprob.sum()
-        if reduction == "mean":
-            loss = loss / (y != ignore_index).sum()
+    hidden, y = e.reshape(-1, e.shape[-1]), targets.reshape(-1).contiguous()
     if not return_lse:
-        return loss
-    lse = target_logit(hidden, c, y, bias, softcap, ignore_index) - logprob
-    return loss, lse.view(targets.shape)
+        return _reduce(linear_logprob(hidden, c, y, bias=bias, softcap=softcap, ignore_index=ignore_index),
+                       targets, ignore_index, reduction)  # fmt: skip
+    with torch.autocast(e.device.type, enabled=False):
+        hidden, c, bias = in_float32(hidden, c, bias)
+        logprob = linear_logprob(hidden, c, y, bias=bias, softcap=softcap, ignore_index=ignore_index)
+        lse = target_logit(hidden, c, y, bias, softcap, ignore_index) - logprob
+    return _reduce(logprob, targets, ignore_index, reduction), lse.view(targets.shape)
+
+
+def _reduce(logprob, targets, ignore_index, reduction):
+    if reduction == "none":
+        return -logprob.view(targets.shape)
+    loss = -logprob.sum()
+    return loss / (targets != ignore_index).sum() if reduction == "mean" else loss
 
 
 def _check(e, c, targets, bias, reduction, shift, impl, vocab_parallel_options):

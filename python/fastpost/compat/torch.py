@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastpost.compat.logits import sum_of_logits, target_logit
+from fastpost.compat.logits import in_float32, sum_of_logits, target_logit
 from fastpost.ops.linear_logprob import linear_logprob
 
 OP = "linear_cross_entropy"
@@ -42,10 +42,11 @@ def linear_cross_entropy(
         linear_weight: [V, D], dtype of `input`.
         target: [N] or [] int64 in [0, V), or `ignore_index`.
         linear_bias: [V], dtype of `input`.
-        weight: [V] rescaling of classes. With label_smoothing a half-precision `linear_weight` is copied to float32.
+        weight: [V] rescaling of classes.
         reduction: "mean", "sum" or "none".
         ignore_index: None means -100.
-        label_smoothing: in [0, 1].
+        label_smoothing: in [0, 1]. Above 0, half precision is computed in float32, with a float32 copy of
+            `linear_weight`.
         options: torch's chunking options, without effect here: memory is bounded and the graph may be kept either way.
 
     Returns:
@@ -56,18 +57,21 @@ def linear_cross_entropy(
     """
     _check(input, linear_weight, target, weight, reduction, label_smoothing)
     ignore_index = -100 if ignore_index is None else ignore_index
-    hidden, y = input.reshape(-1, input.shape[-1]), target.reshape(-1)
-    logprob = linear_logprob(hidden, linear_weight, y, bias=linear_bias, ignore_index=ignore_index)
+    hidden, y = input.reshape(-1, input.shape[-1]), target.reshape(-1).contiguous()
     scored = y != ignore_index
     class_weight = None if weight is None else weight.float()
     share = scored.float() if weight is None else torch.where(scored, class_weight[torch.where(scored, y, 0)], 0)
-    losses = -share * logprob
     if label_smoothing:
-        v = linear_weight.shape[0]
-        lse = target_logit(hidden, linear_weight, y, linear_bias, ignore_index=ignore_index) - logprob
-        total = v if weight is None else class_weight.sum()
-        spread = total * lse - sum_of_logits(hidden, linear_weight, linear_bias, class_weight)
-        losses = (1 - label_smoothing) * losses + label_smoothing / v * torch.where(scored, spread, 0)
+        with torch.autocast(input.device.type, enabled=False):
+            hidden, linear_weight, linear_bias = in_float32(hidden, linear_weight, linear_bias)
+            logprob = linear_logprob(hidden, linear_weight, y, bias=linear_bias, ignore_index=ignore_index)
+            lse = target_logit(hidden, linear_weight, y, linear_bias, ignore_index=ignore_index) - logprob
+            total = len(linear_weight) if weight is None else class_weight.sum()
+            spread = total * lse - sum_of_logits(hidden, linear_weight, linear_bias, class_weight)
+        even = torch.where(scored, spread, 0) / len(linear_weight)
+        losses = (1 - label_smoothing) * -share * logprob + label_smoothing * even
+    else:
+        losses = -share * linear_logprob(hidden, linear_weight, y, bias=linear_bias, ignore_index=ignore_index)
     if reduction == "none":
         return losses.reshape(target.shape)
     return losses.sum() / share.sum() if reduction == "mean" else losses.sum()

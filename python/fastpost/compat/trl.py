@@ -76,6 +76,7 @@ class ChunkedLogProbFunction:
         softcap = final_logit_softcapping and final_logit_softcapping / logit_scale
         transform = {"softcap": softcap, "temperature": temperature / logit_scale}
         hidden, weight, bias = _one_dtype(hidden, weight, bias)
+        targets = targets.contiguous()
         logprob = linear_logprob(hidden, weight, targets, bias=bias, return_entropy="entropy" in outputs, **transform)
         logprob, entropy = logprob if "entropy" in outputs else (logprob, None)
         squares = mean = top1 = None
