@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.compile: one graph without breaks, and the same graph whatever the number of rows."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch._dynamo.utils import counters
+
+import fastpost
+from fastpost.reference import linear_logprob as reference
+
+D, V, RANK = 8, 60, 3
+
+
+def tensors(n, device):
+    hidden, weight, target, bias = reference.Case("x", n, D, V, bias=True, ignored=0.2).inputs(device=device, seed=n)
+    a, b = torch.randn(n, RANK, device=device), torch.randn(V, RANK, device=device)
+    return target, [t.requires_grad_() for t in (hidden, weight, bias, a, b)]
+
+
+def logprob_loss(target, hidden, weight, bias, a, b):
+    logprob, entropy = fastpost.linear_logprob(
+        hidden.tanh(), weight, target, bias=bias, low_rank=(a, b), softcap=10.0, return_entropy=True
+    )
+    return (logprob * logprob - 0.1 * entropy).sum()
+
+
+def packed_loss(target, cu_seqlens, hidden, weight, bias, a, b):
+    out = fastpost.preference_loss(
+        hidden.tanh(), weight, target, cu_seqlens, fastpost.objectives.SimPO(), bias=bias, low_rank=(a, b)
+    )
+    return out.loss + out.logprob.mean()
+
+
+def expect_one_graph(loss, calls, dynamic):
+    """Gradients equal those of eager for every call, and only the first call compiles."""
+    torch._dynamo.reset()
+    counters.clear()
+    frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True if dynamic == "dynamic=True" else None, backend=frames)
+    first = None
+    for plain, leaves in calls:
+        expected = torch.autograd.grad(loss(*plain, *leaves), leaves)
+        if dynamic == "mark_dynamic":
+            for t in (*plain, leaves[0], leaves[3]):
+                torch._dynamo.mark_dynamic(t, 0)
+        for ours, eager in zip(torch.autograd.grad(compiled(*plain, *leaves), leaves), expected):
+            torch.testing.assert_close(ours, eager)
+        # dynamic=True takes the temperature for a variable at first and starts over by itself: the count begins at 2.
+        first = first or frames.frame_count
+        assert frames.frame_count == first
+        assert counters["stats"]["unique_graphs"] == counters["aot_autograd"]["ok"] == 1
+
+
+@pytest.mark.parametrize("dynamic", ["dynamic=True", "mark_dynamic"])
+def test_linear_logprob_with_any_number_of_rows(dynamic, device):
+    calls = [([target], leaves) for target, leaves in (tensors(n, device) for n in (9, 33, 17, 200))]
+    expect_one_graph(logprob_loss, calls, dynamic)
+
+
+@pytest.mark.parametrize("dynamic", ["dynamic=True", "mark_dynamic"])
+def test_preference_loss_with_any_number_of_rows_and_sequences(dynamic, device):
+    calls = []
+    for n, sequences in ((24, 4), (60, 6), (41, 8)):
+        target, leaves = tensors(n, device)
+        cu_seqlens = torch.linspace(0, n, sequences + 1).int().to(device)
+        calls.append(([target.clamp(min=0), cu_seqlens], leaves))
+    expect_one_graph(packed_loss, calls, dynamic)
+
+
+def test_inductor(device):
+    """The default backend, with the tied use that autograd sums."""
+    target, (hidden, weight, *_) = tensors(12, device)
+    ids = torch.arange(12, device=device)
+
+    def loss(hidden, weight):
+        return fastpost.linear_logprob(hidden * weight[ids], weight, target).sum()
+
+    torch._dynamo.reset()
+    expected = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(hidden, weight), (hidden, weight))
+    for ours, eager in zip(got, expected):
+        torch.testing.assert_close(ours, eager)
