@@ -271,17 +271,53 @@ def test_trl_trainer_runs_on_it():
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
-# ---- refusals ----
+# ---- adapters ----
 
 
-def test_adapter_on_the_head_is_refused():
-    """Reading the weight would leave the adapter out of the loss, and it would never be trained."""
+@pytest.mark.parametrize("cast", [False, True], ids=["", "in float32"])
+def test_lora_on_the_head_is_computed_and_trained(cast):
+    peft = pytest.importorskip("peft")
+    tokens, labels = batch()
+    model = tiny.model("gemma2", tie=False)
+    ours.add_fused_lm_head(model, outputs=EVERY, cast_lm_head_to_fp32=cast)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config)
+    out, plain = wrapped(**tokens, labels=labels, fused_lm_head=True), wrapped(**tokens, labels=labels)
+    target = labels[:, 1:]
+    scored = target != -100
+    fields = definition((plain.logits[:, :-1][scored], torch.eye(320), torch.zeros(320)), target[scored], 1, None, 1)
+    for name, value in zip(FIELDS, fields, strict=True):
+        torch.testing.assert_close(out[name][scored], value, rtol=1e-4, atol=1e-5)
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    grads, expected = (torch.autograd.grad(x.loss, trained) for x in (out, plain))
+    for a, b in zip(grads, expected, strict=True):
+        assert a.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+    with wrapped.disable_adapter():
+        expected = wrapped(**tokens, labels=labels).loss
+        torch.testing.assert_close(wrapped(**tokens, labels=labels, fused_lm_head=True).loss, expected)
+
+
+def test_mean_of_logits_with_lora_and_no_softcap():
+    peft = pytest.importorskip("peft")
+    tokens, labels = batch()
+    model = tiny.model("llama", tie=False)
+    ours.add_fused_lm_head(model, outputs=("mean_logits",))
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+    expected = wrapped(**tokens).logits[:, :-1].mean(-1) * (labels[:, 1:] != -100)
+    torch.testing.assert_close(
+        wrapped(**tokens, labels=labels, fused_lm_head=True).mean_logits, expected.detach(), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_other_adapters_on_the_head_are_refused():
+    """Reading the weight would leave them out of the loss, and they would never be trained."""
     peft = pytest.importorskip("peft")
     tokens, labels = batch()
     model = tiny.model("llama", tie=False)
     ours.add_fused_lm_head(model)
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
-    with pytest.raises(ValueError, match=r"lm_head: expected a plain linear layer, got Linear, an adapter"):
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], use_dora=True))
+    with pytest.raises(ValueError, match=r"\[head\] peft.*: expected plain LoRA, got Dora"):
         wrapped(**tokens, labels=labels, fused_lm_head=True)
 
 
@@ -298,6 +334,9 @@ def test_adapter_elsewhere_and_a_head_trained_whole():
     out.loss.backward()
     trained = {name: p.grad for name, p in wrapped.named_parameters() if p.requires_grad}
     assert any("lm_head" in name for name in trained) and all(g.abs().max() > 0 for g in trained.values())
+
+
+# ---- refusals ----
 
 
 def test_bad_input_is_named():

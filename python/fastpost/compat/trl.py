@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from fastpost.compat.logits import sum_of_logits
+from fastpost.hf import lora
 from fastpost.ops.linear_logprob import linear_logprob
 
 OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -64,53 +65,63 @@ class ChunkedLogProbFunction:
         Raises:
             ValueError: an unknown output, a scale or temperature not above 0, wrong shapes or dtypes.
         """
-        unknown = set(outputs) - {*OPTIONAL_OUTPUTS, "log_probs"}
-        if unknown:
-            listed = ", ".join(("log_probs", *OPTIONAL_OUTPUTS))
-            raise ValueError(f"[{OP}] outputs: expected some of {listed}, got {', '.join(sorted(unknown))}.")
-        if not logit_scale > 0 or not temperature > 0:
-            raise ValueError(
-                f"[{OP}] temperature, logit_scale: expected numbers above 0, got {temperature} and {logit_scale}."
-            )
-        # c·tanh(s·x / c) / T is s / T times the softcap of x at c / s.
-        softcap = final_logit_softcapping and final_logit_softcapping / logit_scale
-        transform = {"softcap": softcap, "temperature": temperature / logit_scale}
-        hidden, weight, bias = _one_dtype(hidden, weight, bias)
-        targets = targets.contiguous()
-        logprob = linear_logprob(hidden, weight, targets, bias=bias, return_entropy="entropy" in outputs, **transform)
-        logprob, entropy = logprob if "entropy" in outputs else (logprob, None)
-        squares = mean = top1 = None
-        scored = targets != -100
-        with torch.no_grad():
-            if "log_sum_sq_probs" in outputs:  # Σ p² = e^(lse(2z) - 2 lse(z)), and 2z is z at half the temperature
-                halved = transform | {"temperature": transform["temperature"] / 2}
-                squares = 2 * logprob - linear_logprob(hidden, weight, targets, bias=bias, **halved)
-            if "is_top1" in outputs or ("mean_logits" in outputs and softcap):
-                mean, first = _mean_and_argmax(hidden[scored], weight, bias, softcap, chunk_size)
-                mean, top1 = logprob.new_zeros(len(targets)).masked_scatter(scored, mean), scored.clone()
-                top1[scored] = first == targets[scored]
-            elif "mean_logits" in outputs:
-                mean = torch.where(scored, sum_of_logits(hidden, weight, bias) / len(weight), 0)
-        mean = mean / transform["temperature"] if "mean_logits" in outputs else None
-        return logprob, entropy, squares, mean, top1 if "is_top1" in outputs else None
+        return _fields(hidden, weight, bias, None, targets, temperature, chunk_size, final_logit_softcapping,
+                       logit_scale, outputs)  # fmt: skip
 
 
-def _one_dtype(hidden, weight, bias):
+def _fields(hidden, weight, bias, low_rank, targets, temperature, chunk, softcap, scale, outputs):
+    unknown = set(outputs) - {*OPTIONAL_OUTPUTS, "log_probs"}
+    if unknown:
+        listed = ", ".join(("log_probs", *OPTIONAL_OUTPUTS))
+        raise ValueError(f"[{OP}] outputs: expected some of {listed}, got {', '.join(sorted(unknown))}.")
+    if not scale > 0 or not temperature > 0:
+        raise ValueError(f"[{OP}] temperature, logit_scale: expected numbers above 0, got {temperature} and {scale}.")
+    # c·tanh(s·x / c) / T is s / T times the softcap of x at c / s.
+    softcap, temperature = softcap and softcap / scale, temperature / scale
+    hidden, weight, bias, low_rank = _one_dtype(hidden, weight, bias, low_rank)
+    targets = targets.contiguous()
+    head = {"bias": bias, "low_rank": low_rank, "softcap": softcap}
+    logprob = linear_logprob(
+        hidden, weight, targets, temperature=temperature, return_entropy="entropy" in outputs, **head
+    )
+    logprob, entropy = logprob if "entropy" in outputs else (logprob, None)
+    squares = mean = top1 = None
+    scored = targets != -100
+    with torch.no_grad():
+        if "log_sum_sq_probs" in outputs:  # Σ p² = e^(lse(2z) - 2 lse(z)), and 2z is z at half the temperature
+            squares = 2 * logprob - linear_logprob(hidden, weight, targets, temperature=temperature / 2, **head)
+        if "is_top1" in outputs or ("mean_logits" in outputs and softcap):
+            pair = low_rank and (low_rank[0][scored], low_rank[1])
+            mean, first = _mean_and_argmax(hidden[scored], weight, bias, pair, softcap, chunk)
+            mean, top1 = logprob.new_zeros(len(targets)).masked_scatter(scored, mean), scored.clone()
+            top1[scored] = first == targets[scored]
+        elif "mean_logits" in outputs:
+            total = sum_of_logits(hidden, weight, bias) + (sum_of_logits(*low_rank) if low_rank else 0)
+            mean = torch.where(scored, total / len(weight), 0)
+    mean = mean / temperature if "mean_logits" in outputs else None
+    return logprob, entropy, squares, mean, top1 if "is_top1" in outputs else None
+
+
+def _one_dtype(hidden, weight, bias, low_rank):
     """Under autocast linear_logprob casts; otherwise, as in TRL, the head follows the hidden states."""
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    return hidden.to(dtype), weight.to(dtype), bias, low_rank and tuple(t.to(dtype) for t in low_rank)
 
 
-def _mean_and_argmax(hidden, weight, bias, softcap, chunk):
+def _mean_and_argmax(hidden, weight, bias, low_rank, softcap, chunk):
     """Mean [N] of softcap(logits) and the first index [N] of the largest, a tile of logits at a time."""
-    means, firsts = [], []
-    for x in hidden.split(max(1, TILE // chunk)):
+    means, firsts, rows = [], [], max(1, TILE // chunk)
+    for begin in range(0, max(1, len(hidden)), rows):
+        x = hidden[begin : begin + rows]
         total, best = x.new_zeros(2, len(x), dtype=torch.float32)
         best, first = best - torch.inf, best.long()
         for start in range(0, len(weight), chunk):
             z = (x @ weight[start : start + chunk].T).float()
+            if low_rank is not None:
+                z += low_rank[0][begin : begin + rows] @ low_rank[1][start : start + chunk].T
             if bias is not None:
                 z += bias[start : start + chunk].float()
             if softcap:
@@ -151,7 +162,8 @@ def add_fused_lm_head(
     """Make `model(..., labels=labels, fused_lm_head=True)` return a FusedCausalLMOutput without making the logits.
 
     labels [B, T] are shifted here; shift_labels [B, T] are taken as they are. Without fused_lm_head the forward is the
-    model's own, so generation is unchanged. Add the head before PEFT wraps the model.
+    model's own, so generation is unchanged. Add the head before PEFT wraps the model. A LoRA adapter on the head itself
+    is computed and trained (TRL reads the weight and leaves it out).
 
     Args:
         model: a transformers causal language model; its `forward` is set on this instance.
@@ -160,8 +172,8 @@ def add_fused_lm_head(
         outputs: fields beside log_probs; see ChunkedLogProbFunction for what they cost.
 
     Raises:
-        ValueError, when called: an adapter on the head itself (TRL leaves it out silently), a head without a weight, a
-        weight that another library has emptied (ZeRO-3), neither labels nor shift_labels.
+        ValueError, when called: an adapter on the head that is not plain LoRA, a head without a weight, a weight that
+            another library has emptied (ZeRO-3), neither labels nor shift_labels.
     """
     original = model.forward
     config = model.config.get_text_config()
@@ -181,16 +193,16 @@ def add_fused_lm_head(
         hidden = backbone.last_hidden_state
         if shift_labels is None:
             hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
-        weight, bias = _head(self)
+        layer = self.get_output_embeddings()
+        weight, bias = _weight_and_bias(layer)
         hidden, target = hidden.to(weight.device), shift_labels.to(weight.device)
         rows = hidden.flatten(0, 1)
         context = nullcontext()
         if cast_lm_head_to_fp32:
             rows, context = rows.float(), torch.autocast(rows.device.type, enabled=False)
         with context:
-            fields = ChunkedLogProbFunction.apply(
-                rows, weight, bias, target.flatten(), temperature, CHUNK, softcap, scale, outputs
-            )
+            pair = lora.low_rank(layer, lora.adapter(layer), rows)
+            fields = _fields(rows, weight, bias, pair, target.flatten(), temperature, CHUNK, softcap, scale, outputs)
         log_probs, *others = (None if x is None else x.view(target.shape) for x in fields)
         mask = target != -100
         loss = -log_probs.sum() / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
@@ -214,15 +226,8 @@ def _logit_scale(config) -> float:
     return float(scaling if config.model_type == "hyperclovax" else 1 / scaling)
 
 
-def _head(model):
-    """Weight and bias of the output layer, whole."""
-    layer = model.get_output_embeddings()
+def _weight_and_bias(layer):
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
-    if hasattr(layer, "base_layer"):
-        raise ValueError(
-            f"[{OP}] lm_head: expected a plain linear layer, got {type(layer).__name__}, an adapter that reading the "
-            "weight would leave out. Keep adapters off the head, or train it whole (modules_to_save)."
-        )
     if weight is None:
         raise ValueError(f"[{OP}] lm_head: expected a linear layer with a weight, got {type(layer).__name__}.")
     if type(weight).__name__ == "DTensor":  # FSDP2
