@@ -51,6 +51,30 @@ void linear_logprob_tile_backward(Tensor logits, Tensor bias, Tensor target, int
                                   float softcap, Tensor logprob, Tensor lse, Tensor entropy, Tensor grad_logprob,
                                   Tensor grad_entropy, Tensor grad_logits);
 
+// Which rows take part: those not ignored and, if gradients are given, with a gradient that is not zero. rows [n] int64
+// gets their indices in ascending order, then those of the other rows; count [1] int64 how many take part. target [n],
+// grad_logprob? [n], grad_entropy? [n] float32. On a GPU nothing waits for the result.
+void linear_logprob_rows(Tensor target, int64_t ignore_index, Tensor grad_logprob, Tensor grad_entropy, Tensor rows,
+                         Tensor count);
+
+// The same with the GEMM inside, so that logits never reach memory: CUDA, compute capability 9.0. Columns of one of its
+// tiles, or 0 where it cannot run: it takes bfloat16, D a multiple of 8 and rows that start at multiples of 16 bytes.
+int64_t linear_logprob_forward_columns(Tensor hidden, Tensor weight);
+
+// linear_logprob_tile for the logits hidden · weightᵀ, which are float32 here. hidden [n, D], weight [v, D].
+// exponentials? [n, v] bfloat16, contiguous rows, gets e^(z - m) with m the max of the row within a tile of columns; out
+// (workspace, too): partials [with_entropy ? 4 : 3, ⌈v / columns⌉, n] float32, whose first plane holds m.
+void linear_logprob_forward(Tensor hidden, Tensor weight, Tensor bias, Tensor target, int64_t vocab_start,
+                            float temperature, float softcap, bool with_entropy, Tensor exponentials, Tensor partials,
+                            Tensor stats);
+
+// linear_logprob_tile_backward from exponentials [n, v] and tile_max = partials[0] instead of logits; grad_logits
+// [n, v] bfloat16 may be the exponentials themselves. Nothing is recomputed, and p has the relative error of a bfloat16
+// where p from bfloat16 logits has |z| times that. vocab_start is that of the first column, which begins a tile.
+void linear_logprob_exponentials_backward(Tensor exponentials, Tensor tile_max, Tensor target, int64_t vocab_start,
+                                          float temperature, float softcap, Tensor logprob, Tensor lse, Tensor entropy,
+                                          Tensor grad_logprob, Tensor grad_entropy, Tensor grad_logits);
+
 // ---- preference_loss: from token log-probs to a loss ----------------------------------------------------------------
 
 // Sums logprob over the scored tokens (target != ignore_index) of each packed sequence, then evaluates an objective of

@@ -27,6 +27,15 @@ void linear_logprob_tile_backward(Tensor, Tensor, Tensor, int64_t, float, float,
                                   Tensor) {
   no_cuda("linear_logprob");
 }
+int64_t linear_logprob_forward_columns(Tensor, Tensor) { no_cuda("linear_logprob"); }
+void linear_logprob_forward(Tensor, Tensor, Tensor, Tensor, int64_t, float, float, bool, Tensor, Tensor, Tensor) {
+  no_cuda("linear_logprob");
+}
+void linear_logprob_exponentials_backward(Tensor, Tensor, Tensor, int64_t, float, float, Tensor, Tensor, Tensor, Tensor,
+                                          Tensor, Tensor) {
+  no_cuda("linear_logprob");
+}
+void linear_logprob_rows(Tensor, int64_t, Tensor, Tensor, Tensor, Tensor) { no_cuda("linear_logprob"); }
 
 void preference_loss(Tensor, Tensor, Tensor, int64_t, const Objective&, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                      Tensor, Tensor, Tensor, Tensor) {

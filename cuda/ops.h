@@ -23,6 +23,18 @@ void linear_logprob_tile_backward(Tensor logits, Tensor bias, Tensor target, int
                                   Tensor grad_entropy, Tensor grad_logits);
 
 // float32 only. cu_seqlens is not read back either: kernels clamp it to [0, T].
+// Columns of one tile, where linear_logprob_forward can run.
+constexpr int kTileColumns = 256;
+int64_t linear_logprob_forward_columns(Tensor hidden, Tensor weight);
+void linear_logprob_forward(Tensor hidden, Tensor weight, Tensor bias, Tensor target, int64_t vocab_start,
+                            float temperature, float softcap, bool with_entropy, Tensor exponentials, Tensor partials,
+                            Tensor stats);
+void linear_logprob_exponentials_backward(Tensor exponentials, Tensor tile_max, Tensor target, int64_t vocab_start,
+                                          float temperature, float softcap, Tensor logprob, Tensor lse, Tensor entropy,
+                                          Tensor grad_logprob, Tensor grad_entropy, Tensor grad_logits);
+void linear_logprob_rows(Tensor target, int64_t ignore_index, Tensor grad_logprob, Tensor grad_entropy, Tensor rows,
+                         Tensor count);
+
 void preference_loss(Tensor logprob, Tensor target, Tensor cu_seqlens, int64_t ignore_index, const Objective& objective,
                      Tensor reference, Tensor previous, Tensor reward, Tensor kl, Tensor loss, Tensor losses,
                      Tensor logprob_sum, Tensor length, Tensor rewards, Tensor derivative);

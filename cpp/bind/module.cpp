@@ -56,6 +56,10 @@ NB_MODULE(_core, m) {
   def_op(m, "linear_logprob_tile", &fastpost::linear_logprob_tile);
   def_op(m, "linear_logprob_finish", &fastpost::linear_logprob_finish);
   def_op(m, "linear_logprob_tile_backward", &fastpost::linear_logprob_tile_backward);
+  m.def("linear_logprob_forward_columns", &fastpost::linear_logprob_forward_columns);
+  def_op(m, "linear_logprob_rows", &fastpost::linear_logprob_rows);
+  def_op(m, "linear_logprob_forward", &fastpost::linear_logprob_forward);
+  def_op(m, "linear_logprob_exponentials_backward", &fastpost::linear_logprob_exponentials_backward);
   def_op(m, "preference_loss", &fastpost::preference_loss);
   def_op(m, "preference_loss_backward", &fastpost::preference_loss_backward);
 }

@@ -23,6 +23,19 @@ int64_t expect_tile(const char* op, const Tensor& logits, const Tensor& bias, co
   return n;
 }
 
+// What the gradient of a tile needs per row, and where it goes.
+void expect_gradient(const char* op, const Tensor& tile, const Tensor& logprob, const Tensor& lse,
+                     const Tensor& entropy, const Tensor& grad_logprob, const Tensor& grad_entropy,
+                     const Tensor& grad_logits) {
+  const int64_t n = tile.size(0);
+  expect(op, "logprob", logprob, {DType::Float32}, {n}, Layout::Contiguous, &tile);
+  expect(op, "lse", lse, {DType::Float32}, {n}, Layout::Contiguous, &tile);
+  expect(op, "grad_logprob", grad_logprob, {DType::Float32}, {n}, Layout::Contiguous, &tile);
+  expect_optional(op, "grad_entropy", grad_entropy, {DType::Float32}, {n}, Layout::Contiguous, &tile);
+  if (grad_entropy.defined()) expect(op, "entropy", entropy, {DType::Float32}, {n}, Layout::Contiguous, &tile);
+  expect(op, "grad_logits", grad_logits, {tile.dtype}, {n, tile.size(1)}, Layout::ContiguousRows, &tile);
+}
+
 // Position of a row's target inside the slice, or -1.
 int64_t local_target(const Tensor& target, int64_t i, int64_t vocab_start, int64_t v) {
   const int64_t t = target.ptr<int64_t>()[i] - vocab_start;
@@ -90,12 +103,7 @@ void linear_logprob_tile_backward(Tensor logits, Tensor bias, Tensor target, int
                                   Tensor grad_entropy, Tensor grad_logits) {
   constexpr const char* op = "linear_logprob_backward";
   const int64_t n = expect_tile(op, logits, bias, target, temperature, softcap), v = logits.size(1);
-  expect(op, "logprob", logprob, {DType::Float32}, {n}, Layout::Contiguous, &logits);
-  expect(op, "lse", lse, {DType::Float32}, {n}, Layout::Contiguous, &logits);
-  expect(op, "grad_logprob", grad_logprob, {DType::Float32}, {n}, Layout::Contiguous, &logits);
-  expect_optional(op, "grad_entropy", grad_entropy, {DType::Float32}, {n}, Layout::Contiguous, &logits);
-  if (grad_entropy.defined()) expect(op, "entropy", entropy, {DType::Float32}, {n}, Layout::Contiguous, &logits);
-  expect(op, "grad_logits", grad_logits, {logits.dtype}, {n, v}, Layout::ContiguousRows, &logits);
+  expect_gradient(op, logits, logprob, lse, entropy, grad_logprob, grad_entropy, grad_logits);
   if (logits.device == Device::CUDA) {
     return cuda::linear_logprob_tile_backward(logits, bias, target, vocab_start, temperature, softcap, logprob, lse,
                                               entropy, grad_logprob, grad_entropy, grad_logits);
@@ -114,6 +122,78 @@ void linear_logprob_tile_backward(Tensor logits, Tensor bias, Tensor target, int
                        grad_logits.row(i));
     }
   });
+}
+
+void linear_logprob_rows(Tensor target, int64_t ignore_index, Tensor grad_logprob, Tensor grad_entropy, Tensor rows,
+                         Tensor count) {
+  constexpr const char* op = "linear_logprob";
+  expect(op, "target", target, {DType::Int64}, {kAny});
+  const int64_t n = target.size(0);
+  expect_optional(op, "grad_logprob", grad_logprob, {DType::Float32}, {n}, Layout::Contiguous, &target);
+  expect_optional(op, "grad_entropy", grad_entropy, {DType::Float32}, {n}, Layout::Contiguous, &target);
+  expect(op, "rows", rows, {DType::Int64}, {n}, Layout::Contiguous, &target);
+  expect(op, "count", count, {DType::Int64}, {1}, Layout::Contiguous, &target);
+  if (target.device == Device::CUDA) {
+    return cuda::linear_logprob_rows(target, ignore_index, grad_logprob, grad_entropy, rows, count);
+  }
+  const float *g = grad_logprob.ptr<float>(), *h = grad_entropy.ptr<float>();
+  auto takes_part = [&](int64_t i) {
+    if (target.ptr<int64_t>()[i] == ignore_index) return false;
+    return (!g && !h) || (g && g[i] != 0) || (h && h[i] != 0);
+  };
+  int64_t* place = rows.ptr<int64_t>();
+  for (int64_t i = 0; i < n; ++i) {
+    if (takes_part(i)) *place++ = i;
+  }
+  *count.ptr<int64_t>() = place - rows.ptr<int64_t>();
+  for (int64_t i = 0; i < n; ++i) {
+    if (!takes_part(i)) *place++ = i;
+  }
+}
+
+int64_t linear_logprob_forward_columns(Tensor hidden, Tensor weight) {
+  expect("linear_logprob", "hidden", hidden, kFloats, {kAny, kAny}, Layout::Strided);
+  expect("linear_logprob", "weight", weight, kFloats, {kAny, hidden.size(1)}, Layout::Strided, &hidden);
+  return hidden.device == Device::CUDA ? cuda::linear_logprob_forward_columns(hidden, weight) : 0;
+}
+
+void linear_logprob_forward(Tensor hidden, Tensor weight, Tensor bias, Tensor target, int64_t vocab_start,
+                            float temperature, float softcap, bool with_entropy, Tensor exponentials, Tensor partials,
+                            Tensor stats) {
+  constexpr const char* op = "linear_logprob";
+  expect(op, "hidden", hidden, {DType::BFloat16}, {kAny, kAny}, Layout::ContiguousRows);
+  const int64_t n = hidden.size(0), d = hidden.size(1);
+  expect(op, "weight", weight, {DType::BFloat16}, {kAny, d}, Layout::ContiguousRows, &hidden);
+  const int64_t v = weight.size(0), columns = linear_logprob_forward_columns(hidden, weight);
+  if (columns == 0) {
+    fail(op, "hidden", "what linear_logprob_forward_columns accepts", describe(hidden),
+         "Use linear_logprob_tile on logits made with a GEMM.");
+  }
+  expect_optional(op, "bias", bias, {DType::BFloat16}, {v}, Layout::Contiguous, &hidden);
+  expect(op, "target", target, {DType::Int64}, {n}, Layout::Contiguous, &hidden);
+  expect_transform(op, temperature, softcap);
+  expect_optional(op, "exponentials", exponentials, {DType::BFloat16}, {n, v}, Layout::ContiguousRows, &hidden);
+  expect(op, "partials", partials, {DType::Float32}, {with_entropy ? 4 : 3, (v + columns - 1) / columns, n},
+         Layout::Contiguous, &hidden);
+  expect(op, "stats", stats, {DType::Float32}, {kStatsRows, n}, Layout::Contiguous, &hidden);
+  cuda::linear_logprob_forward(hidden, weight, bias, target, vocab_start, temperature, softcap, with_entropy,
+                               exponentials, partials, stats);
+}
+
+void linear_logprob_exponentials_backward(Tensor exponentials, Tensor tile_max, Tensor target, int64_t vocab_start,
+                                          float temperature, float softcap, Tensor logprob, Tensor lse, Tensor entropy,
+                                          Tensor grad_logprob, Tensor grad_entropy, Tensor grad_logits) {
+  constexpr const char* op = "linear_logprob_backward";
+  expect(op, "exponentials", exponentials, {DType::BFloat16}, {kAny, kAny}, Layout::ContiguousRows);
+  if (exponentials.device != Device::CUDA) {
+    fail(op, "exponentials", "a CUDA tensor", describe(exponentials), "Only linear_logprob_forward makes them.");
+  }
+  const int64_t n = expect_tile(op, exponentials, Tensor{}, target, temperature, softcap);
+  expect_gradient(op, exponentials, logprob, lse, entropy, grad_logprob, grad_entropy, grad_logits);
+  const int64_t tiles = (exponentials.size(1) + cuda::kTileColumns - 1) / cuda::kTileColumns;
+  expect(op, "tile_max", tile_max, {DType::Float32}, {tiles, n}, Layout::ContiguousRows, &exponentials);
+  cuda::linear_logprob_exponentials_backward(exponentials, tile_max, target, vocab_start, temperature, softcap, logprob,
+                                             lse, entropy, grad_logprob, grad_entropy, grad_logits);
 }
 
 }  // namespace fastpost

@@ -18,6 +18,13 @@
 #define FP_DYNAMIC_SHARED(T, name) extern __shared__ __align__(16) T name[]
 #endif
 
+// Before a loop whose index picks registers: an array indexed at run time would be memory.
+#ifdef __CUDACC__
+#define FP_UNROLL _Pragma("unroll")
+#else
+#define FP_UNROLL
+#endif
+
 namespace fastpost::cuda {
 
 // Where an op runs: the stream of its first tensor, with that tensor's device made current for the scope.
@@ -67,7 +74,9 @@ void launch(void (*kernel)(Params...), int64_t grid, int block, size_t smem, con
   stream.check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
 }
 
-constexpr int64_t blocks_for(int64_t items, int per_block) { return (items + per_block - 1) / per_block; }
+__host__ __device__ constexpr int64_t blocks_for(int64_t items, int per_block) {
+  return (items + per_block - 1) / per_block;
+}
 
 // A run-time option as a template argument: with_flag(x, [&](auto flag) { kernel<decltype(flag)::value> ... }).
 template <class F>

@@ -14,7 +14,15 @@ namespace fastpost::cuda {
 constexpr int kRowThreads = 256;
 constexpr float kExpUnderflow = -104.0f;  // e^x rounds to zero from here on; keeps 0·(-inf) out of the entropy
 
-__device__ inline float max_or_nan(float a, float b) { return a > b || a != a ? a : b; }  // fmaxf would drop a NaN
+__device__ inline float max_or_nan(float a, float b) {  // fmaxf would drop a NaN
+#ifdef __CUDA_ARCH__
+  float max;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(max) : "f"(a), "f"(b));
+  return max;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
 
 // Rounded by itself (__fmul_rn): fused into a later z - max, the product would no longer cancel to the exact 0 by which
 // logits at the maximum are known.

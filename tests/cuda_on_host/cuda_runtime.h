@@ -13,6 +13,7 @@
 #define __global__
 #define __device__
 #define __host__
+#define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 #define __shared__ static  // one block at a time, so one copy is enough
@@ -29,8 +30,10 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 void __syncthreads();
 void __syncwarp(unsigned mask = 0xffffffffu);
 uint32_t __shfl_xor_sync(unsigned mask, uint32_t value, int lane_mask);
+uint32_t __ballot_sync(unsigned mask, int predicate);
 
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 
 // ---- runtime API ----
 
@@ -48,6 +51,8 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75 };
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorName(cudaError_t e) {
   return e == cudaErrorInvalidDevice ? "cudaErrorInvalidDevice" : "cudaErrorInvalidConfiguration";
@@ -65,6 +70,8 @@ void skip_barrier(int n);
 // The most __syncthreads that a thread has met in one kernel; reset to 0 by forget_barriers.
 int most_barriers();
 void forget_barriers();
+// What cudaDevAttrComputeCapabilityMajor says from now on; 8 at first.
+void set_capability(int major);
 
 }  // namespace cuda_on_host
 

@@ -50,6 +50,10 @@ void block_sum(fastpost::Tensor in, fastpost::Tensor out, Mistake mistake) {
                out.ptr<float>(), mistake);
 }
 
+void forward_columns(fastpost::Tensor hidden, fastpost::Tensor weight, fastpost::Tensor out) {
+  *out.ptr<int64_t>() = cuda::linear_logprob_forward_columns(hidden, weight);
+}
+
 struct Export {
   const char* name;
   void* function;
@@ -63,6 +67,11 @@ const Export exports[] = {
     {"linear_logprob_tile", address<cuda::linear_logprob_tile>},
     {"linear_logprob_finish", address<cuda::linear_logprob_finish>},
     {"linear_logprob_tile_backward", address<cuda::linear_logprob_tile_backward>},
+    {"linear_logprob_rows", address<cuda::linear_logprob_rows>},
+    {"linear_logprob_forward", address<cuda::linear_logprob_forward>},
+    {"linear_logprob_exponentials_backward", address<cuda::linear_logprob_exponentials_backward>},
+    {"forward_columns", address<forward_columns>},
+    {"set_capability", address<cuda_on_host::set_capability>},
     {"preference_loss", address<cuda::preference_loss>},
     {"preference_loss_backward", address<cuda::preference_loss_backward>},
     {"block_sum", address<block_sum>},

@@ -46,7 +46,7 @@ struct Machine {
   std::vector<Fibre> fibres;  // made once, used by all launches
   ucontext_t scheduler;
   void* scheduler_tsan = nullptr;
-  int threads = 0, current = 0, skipped_barrier = -1, most_barriers = 0;
+  int threads = 0, current = 0, skipped_barrier = -1, most_barriers = 0, capability = 8;
   void (*body)(void*) = nullptr;
   void* context = nullptr;
   std::vector<std::max_align_t> dynamic;
@@ -146,6 +146,7 @@ void* dynamic_shared() { return machine.dynamic.data(); }
 void skip_barrier(int n) { machine.skipped_barrier = n; }
 int most_barriers() { return machine.most_barriers; }
 void forget_barriers() { machine.most_barriers = 0; }
+void set_capability(int major) { machine.capability = major; }
 
 cudaError_t run(const cudaLaunchConfig_t& config, void (*body)(void*), void* context) {
   const dim3 grid = config.gridDim, block = config.blockDim;
@@ -190,9 +191,29 @@ void __syncwarp(unsigned) {
   __tsan_acquire(sync);
 }
 
-uint32_t __shfl_xor_sync(unsigned, uint32_t value, int lane_mask) {
-  const int me = machine.current, slot = machine.self().shuffles++ % 2;
+// Shows `value` to the warp and waits until all have; returns which of the two places it is in.
+static int show_warp(uint32_t value) {
+  const int slot = machine.self().shuffles++ % 2;
   machine.self().shared_with_warp[slot] = value;
   machine.wait(State::AtWarpBarrier);
+  return slot;
+}
+
+uint32_t __shfl_xor_sync(unsigned, uint32_t value, int lane_mask) {
+  const int me = machine.current, slot = show_warp(value);
   return machine.fibres[me ^ lane_mask].shared_with_warp[slot];
+}
+
+uint32_t __ballot_sync(unsigned, int predicate) {
+  const int first = machine.current / cuda_on_host::kWarp * cuda_on_host::kWarp, slot = show_warp(predicate != 0);
+  uint32_t votes = 0;
+  for (int lane = 0; lane < cuda_on_host::kWarp && first + lane < machine.threads; ++lane) {
+    votes |= machine.fibres[first + lane].shared_with_warp[slot] << lane;
+  }
+  return votes;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = machine.capability;
+  return cudaSuccess;
 }

@@ -19,9 +19,11 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 COMPILER = os.environ.get("CXX", "g++")
 KERNELS = sorted((ROOT / "cuda" / "ops").glob("*.cu"))
+# Those with matrix instructions cannot; a file of the same name in this folder stands in for them.
+SOURCES = [HERE / f"{k.stem}.cpp" if k.stem.endswith("_sm90") else k for k in KERNELS] + [HERE / "fibres.cpp"]
 # -I of this folder comes first: it has the cuda_runtime.h that makes CUDA C++ plain C++.
 FLAGS = ["-x", "c++", "-std=c++20", "-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-DFP_ISA=on_host",
-         f"-I{HERE}", f"-I{ROOT}", f"-I{ROOT}/cpp"]  # fmt: skip
+         "-DFASTPOST_SM90", f"-I{HERE}", f"-I{ROOT}", f"-I{ROOT}/cpp"]  # fmt: skip
 # ThreadSanitizer instruments kernels, not the fibres that stand for the GPU.
 TSAN_FLAGS = {True: ["-fsanitize=thread"], False: ["-DCUDA_ON_HOST_TSAN"]}
 
@@ -42,7 +44,7 @@ def _compile(sources: list[Path], folder: Path, flags) -> list[Path]:
 
 def build_library(folder: Path) -> Path:
     library = folder / "libcuda_on_host.so"
-    objects = _compile([*KERNELS, HERE / "fibres.cpp", HERE / "exports.cpp"], folder, lambda _: [])
+    objects = _compile([*SOURCES, HERE / "exports.cpp"], folder, lambda _: [])
     _run([COMPILER, "-shared", *objects, "-o", library])
     return library
 
@@ -50,7 +52,7 @@ def build_library(folder: Path) -> Path:
 def build_race_check(folder: Path) -> Path:
     """The program of race_check.cpp with ThreadSanitizer."""
     program = folder / "race_check"
-    sources = [*KERNELS, HERE / "fibres.cpp", HERE / "race_check.cpp"]
+    sources = [*SOURCES, HERE / "race_check.cpp"]
     objects = _compile(sources, folder, lambda source: TSAN_FLAGS[source.name != "fibres.cpp"])
     _run([COMPILER, "-fsanitize=thread", *objects, "-o", program])
     return program
@@ -88,6 +90,11 @@ class Core:
     def __getattr__(self, name):
         address = self._find(name.encode())
         return self._method(name, address) if address else getattr(self._rest, name)
+
+    def linear_logprob_forward_columns(self, hidden, weight):
+        columns = torch.zeros(1, dtype=torch.int64)
+        self.forward_columns(hidden, weight, columns)
+        return int(columns)
 
     def _method(self, name, address):
         def call(*args):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from compare import FLOATS, error, forward_and_gradients
-from fastpost import _core, objectives
+from fastpost import objectives
 from fastpost.reference import linear_logprob as linear_reference
 from fastpost.reference import preference_loss as preference_reference
 from fastpost.reference import token_logprob as token_reference
@@ -20,11 +20,6 @@ from fastpost.reference import token_logprob as token_reference
 pytestmark = pytest.mark.skipif(shutil.which(on_host.COMPILER) is None, reason=f"needs {on_host.COMPILER}")
 NAN, INF = torch.nan, torch.inf
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}  # of a gradient, relative to its row
-
-
-@pytest.fixture(scope="session")
-def core(tmp_path_factory):
-    return on_host.Core(on_host.build_library(tmp_path_factory.mktemp("cuda_on_host")), rest=_core)
 
 
 @pytest.fixture

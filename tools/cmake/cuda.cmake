@@ -26,17 +26,34 @@ if(FASTPOST_BUILD_CUDA)
   enable_language(CUDA)
   string(REPLACE ";" "," FASTPOST_CUDA_BUILT "${FASTPOST_CUDA_ARCHITECTURES}")
   string(REPLACE "-real" "" FASTPOST_CUDA_BUILT "${FASTPOST_CUDA_BUILT}")
+  # Files named *_sm90.cu use instructions of sm_90a alone, through CUTLASS: each is compiled for nothing else.
   file(GLOB cuda_sources CONFIGURE_DEPENDS cuda/ops/*.cu)
-  include(cutlass)  # sets CUTLASS_INCLUDE_DIR or stops with the command to type
+  file(GLOB sm90_sources CONFIGURE_DEPENDS cuda/ops/*_sm90.cu)
+  list(REMOVE_ITEM cuda_sources ${sm90_sources})
   add_library(fastpost_cuda STATIC ${cuda_sources})
-  # The CUDA runtime is linked statically: the core then loads on machines without a GPU and beside any torch.
-  set_target_properties(fastpost_cuda PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON
-    CUDA_RUNTIME_LIBRARY Static POSITION_INDEPENDENT_CODE ON CUDA_VISIBILITY_PRESET hidden)
-  target_include_directories(fastpost_cuda PUBLIC ${PROJECT_SOURCE_DIR} ${PROJECT_SOURCE_DIR}/cpp)
-  if(CUTLASS_INCLUDE_DIR)
-    target_include_directories(fastpost_cuda SYSTEM PRIVATE ${CUTLASS_INCLUDE_DIR})
+  set(cuda_targets fastpost_cuda)
+  include(cutlass)  # sets CUTLASS_INCLUDE_DIR or stops with the command to type
+  if(CUTLASS_INCLUDE_DIR AND "${FASTPOST_CUDA_ARCHITECTURES}" MATCHES "90a")
+    add_library(fastpost_cuda_sm90 OBJECT ${sm90_sources})
+    list(APPEND cuda_targets fastpost_cuda_sm90)
+    target_sources(fastpost_cuda PRIVATE $<TARGET_OBJECTS:fastpost_cuda_sm90>)
+    target_include_directories(fastpost_cuda_sm90 SYSTEM PRIVATE ${CUTLASS_INCLUDE_DIR})
+    # NDEBUG whatever the build type: one assert inside CUTLASS's main loop and its matrix instructions run one by one.
+    target_compile_options(fastpost_cuda_sm90 PRIVATE --expt-relaxed-constexpr -DNDEBUG)
   endif()
-  # Registers that spill to memory count as a warning.
-  target_compile_options(fastpost_cuda PRIVATE -Xcompiler=-Wall,-Wextra -Xptxas=-warn-spills
-    $<$<BOOL:${FASTPOST_WERROR}>:-Werror=all-warnings>)
+  foreach(target ${cuda_targets})
+    # The CUDA runtime is linked statically: the core then loads on machines without a GPU and beside any torch.
+    set_target_properties(${target} PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON
+      CUDA_RUNTIME_LIBRARY Static POSITION_INDEPENDENT_CODE ON CUDA_VISIBILITY_PRESET hidden)
+    target_include_directories(${target} PUBLIC ${PROJECT_SOURCE_DIR} ${PROJECT_SOURCE_DIR}/cpp)
+    # Registers that spill to memory count as a warning.
+    target_compile_options(${target} PRIVATE -Xcompiler=-Wall,-Wextra -Xptxas=-warn-spills
+      $<$<BOOL:${FASTPOST_WERROR}>:-Werror=all-warnings>)
+    if(TARGET fastpost_cuda_sm90)
+      target_compile_definitions(${target} PRIVATE FASTPOST_SM90)
+    endif()
+  endforeach()
+  if(TARGET fastpost_cuda_sm90)
+    set_target_properties(fastpost_cuda_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
+  endif()
 endif()
