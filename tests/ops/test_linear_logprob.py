@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastpost
 from compare import FLOATS, error, forward_and_gradients
+from fastpost import _core
 from fastpost.ops._tiles import plan
 from fastpost.ops.linear_logprob import _forward_op
 from fastpost.reference import linear_logprob as reference
@@ -204,6 +205,35 @@ def test_extra_memory_stays_under_the_budget(n, d, v):
     assert child.returncode == 0, child.stderr
     noise = 8 << 20  # allocator slack and the GEMM library's own scratch
     assert int(child.stdout) < budget + noise
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("softcap", [0.0, 8.0])
+def test_tile_functions_do_what_the_reference_does(dtype, softcap, device):
+    """Two slices of a row block through the core and through plain torch, which float64 runs on."""
+    g = torch.Generator().manual_seed(2)
+    logits, bias = (torch.randn(shape, generator=g).mul(6).to(device, dtype) for shape in ((9, 515), (515,)))
+    target = torch.randint(0, 515, (9,), generator=g).to(device)
+    incoming = torch.randn(2, 9, generator=g).to(device)
+    incoming[:, 4] = 0
+    results = []
+    for core in (_core, reference):
+        stats = torch.zeros(5, 9, device=device)
+        stats[0], stats[4] = -torch.inf, torch.nan
+        slices = [(0, 300), (300, 515)]
+        for v0, v1 in slices:
+            core.linear_logprob_tile(logits[:, v0:v1], bias[v0:v1], target, v0, 0.8, softcap, True, stats)
+        rows = torch.full((3, 9), torch.nan, device=device)
+        core.linear_logprob_finish(stats, *rows)
+        grad = torch.full_like(logits, torch.nan)
+        for v0, v1 in slices:
+            core.linear_logprob_tile_backward(
+                logits[:, v0:v1], bias[v0:v1], target, v0, 0.8, softcap, *rows, *incoming, grad[:, v0:v1]
+            )
+        results.append((stats, rows, grad))
+    for ours, plain in zip(*results):
+        half = ours.dtype != torch.float32
+        torch.testing.assert_close(ours, plain, rtol=2e-2 if half else 1e-4, atol=1e-3 if half else 1e-5)
 
 
 def test_masked_rows_are_not_computed(monkeypatch, device):

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """low_rank=(a, b) of linear_logprob and preference_loss: z = hidden · weightᵀ + a · bᵀ, tile by tile."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -84,6 +88,29 @@ def test_a_frozen_weight_needs_no_room_for_its_sums():
     trained = plan(n, v, d, 2, 64 * MIB, d + rank, d + rank)
     frozen = plan(n, v, d, 2, 64 * MIB, d + rank, rank)
     assert trained.sweep == "twice" and frozen.sweep == "rows"
+
+
+MEMORY_PROBE = """
+import resource, torch, fastpost
+n, d, v, r = 1024, 64, 50_000, 16
+hidden, a = (torch.ones(n, k).requires_grad_() for k in (d, r))
+weight, b = torch.full((v, d), 0.01), torch.full((v, r), 0.01).requires_grad_()
+grads = [torch.ones_like(t) for t in (hidden, a, b)]
+fastpost.linear_logprob(hidden[:8], weight[:64], torch.arange(8), low_rank=(a[:8], b[:64]))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+out = fastpost.linear_logprob(hidden, weight, torch.arange(n), low_rank=(a, b), memory_budget=16 << 20)
+del grads
+torch.autograd.grad(out.sum(), (hidden, a, b))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+"""
+
+
+def test_extra_memory_stays_under_the_budget():
+    """Of which a merged weight, a weight gradient or the logits would take 13 to 200 MB."""
+    child = subprocess.run([sys.executable, "-c", MEMORY_PROBE], capture_output=True, text=True,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert child.returncode == 0, child.stderr
+    assert int(child.stdout) < (16 << 20) + (8 << 20)  # allocator slack and the GEMM library's own scratch
 
 
 def test_gradient_reaches_the_adapter(device):

@@ -42,7 +42,8 @@ def expect_plain(op: str, **tensors: torch.Tensor | None) -> None:
             raise ValueError(expected + f"{type(tensor).__name__}.")
         if type(tensor).__name__ == "DTensor":
             raise ValueError(
-                expected + f"DTensor. Pass {argument}.full_tensor() (gathers all shards) or {argument}.to_local()."
+                expected + f"DTensor. Pass {argument}.full_tensor() (gathers all shards) or {argument}.to_local(); "
+                "fastpost.parallel has functions for a head that is sharded over ranks."
             )
         if tensor.layout is not torch.strided:
             raise ValueError(expected + f"one with layout {tensor.layout}. Pass {argument}.to_dense().")

@@ -31,7 +31,7 @@ TILES = 12  # [rows, V] temporaries alive at once
 
 def setup_context(ctx, inputs, output):
     (hidden, weight, target, bias, a, b, ctx.temperature, ctx.softcap, ctx.ignore_index, ctx.memory_budget, _, _, _, _,
-     grad_logprob, grad_entropy, _) = inputs  # fmt: skip
+     grad_logprob, grad_entropy, *_) = inputs  # fmt: skip
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, target, bias, a, b, grad_logprob, grad_entropy)
 
@@ -49,7 +49,7 @@ def autograd(ctx, *u):
                 ctx.memory_budget,
             )  # fmt: skip
     return (out["hidden"], out["weight"], None, out["bias"], out["a"], out["b"], *[None] * 8,
-            grad_g, grad_h if needs[15] else None, None)  # fmt: skip
+            grad_g, grad_h if needs[15] else None, *[None] * (len(needs) - 16))  # fmt: skip
 
 
 def _derivatives(hidden, weight, target, bias, a, b, g, h, u, wanted, temperature, softcap, ignore_index, budget):

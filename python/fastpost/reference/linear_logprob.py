@@ -58,8 +58,12 @@ def combine(parts):
     ])  # fmt: skip
 
 
+def _with_bias(logits, bias, dtype):
+    return logits.to(dtype) if bias is None else logits.to(dtype) + bias.to(dtype)
+
+
 def linear_logprob_tile(logits, bias, target, vocab_start, temperature, softcap, with_entropy, stats):
-    z, _, _ = transform(logits if bias is None else logits + bias, temperature, softcap)
+    z, _, _ = transform(_with_bias(logits, bias, stats.dtype), temperature, softcap)
     m = z.amax(1)
     from_m = torch.where(z == m[:, None], 0, z - m[:, None])
     e = torch.where(z == -torch.inf, 0, from_m.exp())
@@ -86,7 +90,7 @@ def linear_logprob_finish(stats, logprob, lse, entropy):
 
 def linear_logprob_tile_backward(logits, bias, target, vocab_start, temperature, softcap, logprob, lse, entropy,
                                  grad_logprob, grad_entropy, grad_logits):  # fmt: skip
-    z, slope, _ = transform(logits if bias is None else logits + bias, temperature, softcap)
+    z, slope, _ = transform(_with_bias(logits, bias, lse.dtype), temperature, softcap)
     q = z - lse[:, None]
     p, g = q.exp(), grad_logprob[:, None]
     grad = -g * p
