@@ -16,7 +16,7 @@ _HOME = {  # public name -> module that defines it
     "preference_loss_from_logprob": "fastpost.ops.preference_loss",
     "PreferenceOutput": "fastpost.ops.preference_loss",
 }
-_MODULES = ("objectives", "reference")
+_MODULES = ("objectives", "parallel", "reference")
 
 __all__ = [*_HOME, *_MODULES]
 
