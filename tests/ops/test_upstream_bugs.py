@@ -430,12 +430,15 @@ def test_cce_18_small_probabilities_keep_their_gradient(device):
     hidden, weight = draw(64, 8, device=device).bfloat16(), (draw(v, 8, seed=1, device=device) / 8).bfloat16()
     target = pick(100, 64, device=device)
     grad = torch.linspace(0.5, 1, 64, device=device)
-    _, (ours,) = gradients(lambda w: fastpost.linear_logprob(hidden, w, target), (weight,), grad=grad)
     _, (truth,) = gradients(
         lambda w: reference.linear_logprob(hidden.double(), w, target), (weight,), torch.Tensor.double, grad
     )
     assert truth[100:].abs().max() / grad.sum() < 2**-12  # each far below the threshold, together not
-    assert error(ours[100:], truth[100:]) < 2e-2
+    for budget in (MIB, None):  # tiles with and without targets in them
+        _, (ours,) = gradients(
+            lambda w, b=budget: fastpost.linear_logprob(hidden, w, target, memory_budget=b), (weight,), grad=grad
+        )
+        assert error(ours[100:], truth[100:]) < 2e-2
 
 
 def test_vllm_speculators_788_difference_of_two_distributions(device):
