@@ -93,4 +93,23 @@ void preference_loss_backward(Tensor target, Tensor cu_seqlens, int64_t ignore_i
                               Tensor derivative, Tensor grad_loss, Tensor grad_losses, Tensor grad_logprob_sum,
                               Tensor grad_logprob);
 
+// ---- policy_loss: from token log-probs to a policy-gradient loss ------------------------------------------------------
+
+// Σ_i losses[i] / count with losses[i] = Σ weight·(-surrogate(ratio, advantage) + beta·KL) over the scored tokens of
+// packed sequence i, as policy_objectives.h says (kind, level, params: core() in python/fastpost/objectives/policy.py).
+// logprob [T], target [T] int64, cu_seqlens [S + 1] int32, advantage [S] or [T] (if S = T: one per sequence), old? [T]
+// (absent: logprob itself, so every ratio is 1), reference? [T] (needed with beta != 0), num_items? [] replaces count;
+// out: loss [], losses [S], length [S] int32, derivative [T] = d losses / d logprob, exactly 0 where a token is ignored,
+// clipped or has advantage 0, count [] (scored tokens or sequences, at least 1), metrics [4]: mean KL, shares clipped
+// below and above, mean ratio; sums [S, 7] float64 is workspace. Floats are float32, or all float64 on the CPU; on a GPU
+// cu_seqlens is treated as in preference_loss.
+void policy_loss(Tensor logprob, Tensor target, Tensor cu_seqlens, int64_t ignore_index, int64_t kind, int64_t level,
+                 const std::vector<double>& params, Tensor advantage, Tensor old, Tensor reference, Tensor num_items,
+                 Tensor loss, Tensor losses, Tensor length, Tensor derivative, Tensor count, Tensor metrics,
+                 Tensor sums);
+
+// grad_logprob [T] from grad_loss? [] and grad_losses? [S].
+void policy_loss_backward(Tensor cu_seqlens, Tensor derivative, Tensor count, Tensor grad_loss, Tensor grad_losses,
+                          Tensor grad_logprob);
+
 }  // namespace fastpost

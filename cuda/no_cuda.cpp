@@ -45,4 +45,10 @@ void preference_loss_backward(Tensor, Tensor, int64_t, Kind, Tensor, Tensor, Ten
   no_cuda("preference_loss");
 }
 
+void policy_loss(Tensor, Tensor, Tensor, int64_t, const PolicyObjective&, Tensor, Tensor, Tensor, Tensor, Tensor,
+                 Tensor, Tensor, Tensor, Tensor, Tensor, Tensor) {
+  no_cuda("policy_loss");
+}
+void policy_loss_backward(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor) { no_cuda("policy_loss"); }
+
 }  // namespace fastpost::cuda

@@ -5,6 +5,7 @@
 
 #include "core/tensor.h"
 #include "objectives.h"
+#include "policy_objectives.h"
 
 namespace fastpost::cuda {
 
@@ -22,7 +23,6 @@ void linear_logprob_tile_backward(Tensor logits, Tensor bias, Tensor target, int
                                   float softcap, Tensor logprob, Tensor lse, Tensor entropy, Tensor grad_logprob,
                                   Tensor grad_entropy, Tensor grad_logits);
 
-// float32 only. cu_seqlens is not read back either: kernels clamp it to [0, T].
 // Columns of one tile, where linear_logprob_forward can run.
 constexpr int kTileColumns = 256;
 int64_t linear_logprob_forward_columns(Tensor hidden, Tensor weight);
@@ -35,11 +35,20 @@ void linear_logprob_exponentials_backward(Tensor exponentials, Tensor tile_max, 
 void linear_logprob_rows(Tensor target, int64_t ignore_index, Tensor grad_logprob, Tensor grad_entropy, Tensor rows,
                          Tensor count);
 
+// float32 only. cu_seqlens is not read back either: kernels clamp it to [0, T].
 void preference_loss(Tensor logprob, Tensor target, Tensor cu_seqlens, int64_t ignore_index, const Objective& objective,
                      Tensor reference, Tensor previous, Tensor reward, Tensor kl, Tensor loss, Tensor losses,
                      Tensor logprob_sum, Tensor length, Tensor rewards, Tensor derivative);
 void preference_loss_backward(Tensor target, Tensor cu_seqlens, int64_t ignore_index, Kind kind, Tensor length,
                               Tensor derivative, Tensor grad_loss, Tensor grad_losses, Tensor grad_logprob_sum,
                               Tensor grad_logprob);
+
+// float32 only (sums: float64); cu_seqlens as above.
+void policy_loss(Tensor logprob, Tensor target, Tensor cu_seqlens, int64_t ignore_index,
+                 const PolicyObjective& objective, Tensor advantage, Tensor old, Tensor reference, Tensor num_items,
+                 Tensor loss, Tensor losses, Tensor length, Tensor derivative, Tensor count, Tensor metrics,
+                 Tensor sums);
+void policy_loss_backward(Tensor cu_seqlens, Tensor derivative, Tensor count, Tensor grad_loss, Tensor grad_losses,
+                          Tensor grad_logprob);
 
 }  // namespace fastpost::cuda

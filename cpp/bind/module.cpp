@@ -62,4 +62,6 @@ NB_MODULE(_core, m) {
   def_op(m, "linear_logprob_exponentials_backward", &fastpost::linear_logprob_exponentials_backward);
   def_op(m, "preference_loss", &fastpost::preference_loss);
   def_op(m, "preference_loss_backward", &fastpost::preference_loss_backward);
+  def_op(m, "policy_loss", &fastpost::policy_loss);
+  def_op(m, "policy_loss_backward", &fastpost::policy_loss_backward);
 }

@@ -82,6 +82,22 @@ void expect_targets(const char* op, const Tensor& target, int64_t classes, int64
   }
 }
 
+void expect_segments(const char* op, const Tensor& cu_seqlens, int64_t tokens) {
+  const int32_t* cu = cu_seqlens.ptr<int32_t>();
+  const int64_t s = cu_seqlens.size(0) - 1;
+  if (cu[0] != 0) fail(op, "cu_seqlens", "0 as first element", std::to_string(cu[0]));
+  for (int64_t i = 0; i < s; ++i) {
+    if (cu[i + 1] < cu[i]) {
+      fail(op, "cu_seqlens", "ascending positions",
+           std::to_string(cu[i + 1]) + " after " + std::to_string(cu[i]) + " at index " + std::to_string(i + 1));
+    }
+  }
+  if (cu[s] != tokens) {
+    fail(op, "cu_seqlens", std::to_string(tokens) + " (the number of tokens) as last element", std::to_string(cu[s]),
+         "Sequence i holds the tokens cu_seqlens[i] to cu_seqlens[i + 1].");
+  }
+}
+
 void expect_transform(const char* op, float temperature, float softcap) {
   if (!(temperature > 0)) fail(op, "temperature", "a number above 0", std::to_string(temperature));
   if (!(softcap >= 0)) fail(op, "softcap", "a number above 0, or None", std::to_string(softcap));

@@ -35,6 +35,9 @@ inline void expect_optional(const char* op, const char* argument, const Tensor& 
 // Class indices in [0, classes) or ignore_index. Reads the data, so only for CPU tensors.
 void expect_targets(const char* op, const Tensor& target, int64_t classes, int64_t ignore_index);
 
+// Bounds of packed sequences [S + 1] int32: ascending from 0 to `tokens`. Reads the data, so only for CPU tensors.
+void expect_segments(const char* op, const Tensor& cu_seqlens, int64_t tokens);
+
 // temperature > 0; softcap >= 0, where 0 means off.
 void expect_transform(const char* op, float temperature, float softcap);
 

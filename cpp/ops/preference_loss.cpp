@@ -38,23 +38,6 @@ Objective make_objective(const char* op, int64_t kind, const std::vector<double>
   return o;
 }
 
-// Reads the data, so only for CPU tensors.
-void expect_segments(const char* op, const Tensor& cu_seqlens, int64_t tokens) {
-  const int32_t* cu = cu_seqlens.ptr<int32_t>();
-  const int64_t s = cu_seqlens.size(0) - 1;
-  if (cu[0] != 0) fail(op, "cu_seqlens", "0 as first element", std::to_string(cu[0]));
-  for (int64_t i = 0; i < s; ++i) {
-    if (cu[i + 1] < cu[i]) {
-      fail(op, "cu_seqlens", "ascending positions",
-           std::to_string(cu[i + 1]) + " after " + std::to_string(cu[i]) + " at index " + std::to_string(i + 1));
-    }
-  }
-  if (cu[s] != tokens) {
-    fail(op, "cu_seqlens", std::to_string(tokens) + " (the number of tokens) as last element", std::to_string(cu[s]),
-         "Sequence i holds the tokens cu_seqlens[i] to cu_seqlens[i + 1].");
-  }
-}
-
 void expect_scored_tokens(const char* op, const Tensor& length, const Tensor& cu_seqlens, const Objective& o) {
   for (int64_t i = 0; i < length.size(0); ++i) {
     if (length.ptr<int32_t>()[i] > 0) continue;

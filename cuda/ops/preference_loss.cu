@@ -3,6 +3,7 @@
 // Sums and objectives are double, as on the CPU.
 #include "cuda/core/launch.h"
 #include "cuda/core/reduce.cuh"
+#include "cuda/core/segments.cuh"
 #include "cuda/ops.h"
 #include "objectives.h"
 
@@ -18,9 +19,6 @@ __device__ inline Totals block_sum(Totals mine) {
   return block_reduce<kThreads>(
       mine, [](const Totals& a, const Totals& b) { return Totals{a.value + b.value, a.count + b.count}; });
 }
-
-// Positions come from the GPU unchecked; no value of theirs may lead outside [0, tokens].
-__device__ inline int64_t clamped(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
 // What the mean loss divides by: pairs, sequences or scored tokens.
 struct Denominator {
@@ -41,7 +39,7 @@ __global__ void __launch_bounds__(kThreads)
     segment_sum_kernel(const float* logprob, const int64_t* target, int64_t tokens, const int32_t* cu_seqlens,
                        int64_t ignore_index, float* logprob_sum, int32_t* length) {
   const int64_t i = blockIdx.x;
-  const int64_t begin = clamped(cu_seqlens[i], 0, tokens), end = clamped(cu_seqlens[i + 1], begin, tokens);
+  const auto [begin, end] = segment(cu_seqlens, i, tokens);
   Totals mine = {0.0, 0.0};
   for (int64_t t = begin + threadIdx.x; t < end; t += kThreads) {
     if (target[t] == ignore_index) continue;
@@ -109,21 +107,13 @@ __global__ void __launch_bounds__(kThreads)
   }
   const int64_t t = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (t >= tokens) return;
-  int64_t low = 0, high = sequences;  // the sequence of t: the first whose end lies beyond it
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (cu_seqlens[middle + 1] <= t) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
+  const int64_t i = segment_of(cu_seqlens, sequences, t);
   double grad = 0.0;
-  if (target[t] != ignore_index && low < sequences && cu_seqlens[low] <= t) {
+  if (target[t] != ignore_index && i >= 0) {
     double upstream = per_mean;
-    if (grad_losses) upstream += grad_losses[low / per_group];
-    grad = upstream * derivative[low];
-    if (grad_logprob_sum) grad += grad_logprob_sum[low];
+    if (grad_losses) upstream += grad_losses[i / per_group];
+    grad = upstream * derivative[i];
+    if (grad_logprob_sum) grad += grad_logprob_sum[i];
   }
   grad_logprob[t] = static_cast<float>(grad);
 }

@@ -15,6 +15,9 @@ _HOME = {  # public name -> module that defines it
     "preference_loss": "fastpost.ops.preference_loss",
     "preference_loss_from_logprob": "fastpost.ops.preference_loss",
     "PreferenceOutput": "fastpost.ops.preference_loss",
+    "policy_loss": "fastpost.ops.policy_loss",
+    "policy_loss_from_logprob": "fastpost.ops.policy_loss",
+    "PolicyOutput": "fastpost.ops.policy_loss",
 }
 _MODULES = ("objectives", "parallel", "reference")
 

@@ -75,6 +75,8 @@ const Export exports[] = {
     {"preference_loss", address<cuda::preference_loss>},
     {"preference_loss_backward", address<cuda::preference_loss_backward>},
     {"block_sum", address<block_sum>},
+    {"policy_loss", address<cuda::policy_loss>},
+    {"policy_loss_backward", address<cuda::policy_loss_backward>},
 };
 
 }  // namespace

@@ -74,6 +74,12 @@ class _Objective(ctypes.Structure):
     _fields_ = [("kind", ctypes.c_int), ("params", ctypes.c_double * 4)]
 
 
+class _PolicyObjective(ctypes.Structure):
+    """fastpost::PolicyObjective (cpp/policy_objectives.h)."""
+
+    _fields_ = [("kind", ctypes.c_int), ("level", ctypes.c_int), ("params", ctypes.c_double * 5)]
+
+
 _DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32]  # DType's order
 _CUDA = 1
 
@@ -101,6 +107,9 @@ class Core:
             if name == "preference_loss":  # _core takes kind and params, the launcher an Objective
                 kind, params = args[4:6]
                 args = *args[:4], _Objective(kind, tuple(params)), *args[6:]
+            elif name == "policy_loss":
+                kind, level, params = args[4:7]
+                args = *args[:4], _PolicyObjective(kind, level, tuple(params)), *args[7:]
             elif name == "preference_loss_backward":
                 args = *args[:3], ctypes.c_int(args[3]), *args[4:]
             kept, converted = [], []  # shapes and strides live as long as the call
@@ -122,7 +131,7 @@ class Core:
             kept.append(sizes)
             start = ctypes.addressof(sizes)
             return _Tensor(a.data_ptr(), start, start + 8 * a.ndim, a.ndim, _DTYPES.index(a.dtype), _CUDA, 0)
-        if isinstance(a, _Objective):
+        if isinstance(a, (_Objective, _PolicyObjective)):
             kept.append(a)
             return ctypes.c_void_p(ctypes.addressof(a))
         for python, c in ((bool, ctypes.c_bool), (int, ctypes.c_int64), (float, ctypes.c_float)):

@@ -15,7 +15,8 @@ namespace cuda = fastpost::cuda;
 
 constexpr int64_t kRows = 2, kColumns = 2500, kTokens = 700, kSequences = 2;
 constexpr int64_t kMatrix[] = {kRows, kColumns}, kRow[] = {kRows}, kStats[] = {5, kRows}, kToken[] = {kTokens},
-                  kSequence[] = {kSequences}, kBounds[] = {kSequences + 1}, kPair[] = {1};
+                  kSequence[] = {kSequences}, kBounds[] = {kSequences + 1}, kPair[] = {1}, kMetrics[] = {4},
+                  kSums[] = {kSequences, 7};
 
 template <class T, int N>
 Tensor view(std::vector<T>& data, const int64_t (&shape)[N], DType dtype) {
@@ -83,6 +84,24 @@ void preference_loss_backward(Buffers& x) {
                                  view(x.length, kSequence, DType::Int32), x.floats(x.a, kSequence), scalar, Tensor{},
                                  x.floats(x.b, kSequence), x.floats(x.c, kToken));
 }
+void policy_loss(Buffers& x) {  // sequence level: two sums over the block
+  const fastpost::PolicyObjective gspo{fastpost::PolicyKind::grpo, fastpost::RatioLevel::sequence, 0.2, 0.2, 0, 0.1, 1};
+  std::vector<float> loss(1), count(1), metrics(4);
+  std::vector<double> sums(7 * kSequences);
+  Tensor of_loss = view(loss, kPair, DType::Float32), of_count = view(count, kPair, DType::Float32);
+  of_loss.ndim = of_count.ndim = 0;
+  cuda::policy_loss(x.floats(x.a, kToken), x.targets(kToken), view(x.bounds, kBounds, DType::Int32), -100, gspo,
+                    x.floats(x.b, kSequence), x.floats(x.c, kToken), x.floats(x.d, kToken), Tensor{}, of_loss,
+                    x.floats(x.e, kSequence), view(x.length, kSequence, DType::Int32), x.floats(x.f, kToken), of_count,
+                    view(metrics, kMetrics, DType::Float32), view(sums, kSums, DType::Float64));
+}
+void policy_loss_backward(Buffers& x) {
+  std::vector<float> one(1, 1.0f);
+  Tensor scalar = view(one, kPair, DType::Float32);
+  scalar.ndim = 0;
+  cuda::policy_loss_backward(view(x.bounds, kBounds, DType::Int32), x.floats(x.a, kToken), scalar, scalar,
+                             x.floats(x.b, kSequence), x.floats(x.c, kToken));
+}
 
 struct Entry {
   const char* name;
@@ -96,6 +115,8 @@ constexpr Entry kEntries[] = {
     {"linear_logprob_tile_backward", linear_logprob_tile_backward},
     {"preference_loss", preference_loss},
     {"preference_loss_backward", preference_loss_backward},
+    {"policy_loss", policy_loss},
+    {"policy_loss_backward", policy_loss_backward},
 };
 
 int races = 0;

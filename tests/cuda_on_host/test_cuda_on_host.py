@@ -14,6 +14,7 @@ import torch
 from compare import FLOATS, error, forward_and_gradients
 from fastpost import objectives
 from fastpost.reference import linear_logprob as linear_reference
+from fastpost.reference import policy_loss as policy_reference
 from fastpost.reference import preference_loss as preference_reference
 from fastpost.reference import token_logprob as token_reference
 
@@ -25,7 +26,7 @@ ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}  # o
 @pytest.fixture
 def ops(core, monkeypatch):
     """fastpost's Python ops with the CUDA kernels under them."""
-    names = ("token_logprob", "linear_logprob", "preference_loss")
+    names = ("token_logprob", "linear_logprob", "preference_loss", "policy_loss")
     modules = {name: importlib.import_module(f"fastpost.ops.{name}") for name in names}
     for module in modules.values():
         monkeypatch.setattr(module, "_core", core)
@@ -89,6 +90,24 @@ def test_preference_loss(case, ops):
     assert torch.equal(ours[4], truth[4])
     for a, b in zip((*ours[:4], our_grad), (*truth[:4], true_grad)):
         assert error(a.flatten(), b.flatten()) < 1e-5
+
+
+@pytest.mark.parametrize("case", policy_reference.cases(), ids=lambda c: c.name)
+def test_policy_loss(case, ops):
+    (hidden, weight, target, cu_seqlens), kwargs = case.inputs(torch.float32)
+    columns = {k: v for k, v in kwargs.items() if k not in ("temperature", "softcap", "memory_budget")}
+    logprob = linear_reference.linear_logprob(hidden, weight, target)
+    results = []
+    for module, dtype in ((ops["policy_loss"], torch.float32), (policy_reference, torch.float64)):
+        x = logprob.to(dtype, copy=True).requires_grad_()
+        typed = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in columns.items()}
+        out = module.policy_loss_from_logprob(x, target, cu_seqlens, case.objective, **typed)
+        (3 * out.loss + out.losses.square().sum()).backward()
+        results.append((*out, x.grad))
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == (torch.int32 if b.dtype == torch.int32 else torch.float32)
+        assert error(a.flatten(), b.flatten()) < 1e-5
+    assert torch.equal(results[0][-1] == 0, results[1][-1] == 0)  # clipped and neutral tokens: exactly nothing
 
 
 # ---- rows: every way in which a row can meet the 128-bit accesses ----
@@ -274,6 +293,22 @@ def test_wild_cu_seqlens_stay_inside(bounds, core):
     assert torch.isfinite(grad[100 : 100 + t]).all() and torch.isnan(grad).sum() == 200
 
 
+@pytest.mark.parametrize("bounds", [[0, 9, 3, 40], [-5, 2, 10, 12], [2, 5, 5, 9], [12, 0, -1, 6]], ids=str)
+def test_wild_cu_seqlens_stay_inside_policy_loss(bounds, core):
+    t = 12
+    guards = [torch.full((t + 200,), NAN) for _ in range(2)]
+    derivative, grad = (guard[100 : 100 + t] for guard in guards)
+    logprob, target = torch.full((t,), -1.0), torch.zeros(t, dtype=torch.int64)
+    cu = torch.tensor(bounds, dtype=torch.int32)
+    loss, losses, count, metrics, sums = floats(), floats(3), floats(), floats(4), floats(3, 7).double()
+    length = torch.full((3,), -1, dtype=torch.int32)
+    core.policy_loss(logprob, target, cu, -100, *objectives.GRPO("dapo").core(), torch.ones(3), None, None, None, loss,
+                     losses, length, derivative, count, metrics, sums)  # fmt: skip
+    assert torch.equal(losses, -length.float()) and torch.all((length >= 0) & (length <= t)) and torch.isfinite(loss)
+    core.policy_loss_backward(cu, derivative, count, torch.tensor(1.0), None, grad)
+    assert torch.isfinite(grad).all() and all(torch.isnan(guard).sum() >= 200 for guard in guards)
+
+
 # ---- the stand-in for the GPU itself ----
 
 
@@ -311,10 +346,11 @@ def test_races(tmp_path):
     assert done.returncode == 0, done.stderr[-1000:]
     races = {(kernel, int(n)): int(count) for kernel, n, count in map(str.split, done.stdout.splitlines())}
     kernels = {kernel for kernel, _ in races}
-    assert len(kernels) == 7 and all(races[kernel, -1] == 0 for kernel in kernels), races
+    assert len(kernels) == 9 and all(races[kernel, -1] == 0 for kernel in kernels), races
     # The first barrier of block_reduce matters only to a kernel that calls it twice. All others are needed.
-    reduces = {"token_logprob", "linear_logprob_tile", "preference_loss", "preference_loss_backward"}
+    reduces = {"token_logprob", "linear_logprob_tile", "preference_loss", "preference_loss_backward", "policy_loss"}
+    barriers = dict.fromkeys(kernels, 2) | {"linear_logprob_finish": 0, "policy_loss": 4, "policy_loss_backward": 0}
     for (kernel, n), count in races.items():
         if n >= 0 and not (kernel in reduces and n == 0):
             assert count > 0, (kernel, n)
-    assert all(max(n for k, n in races if k == kernel) == 1 for kernel in kernels - {"linear_logprob_finish"})
+    assert all(max(n for k, n in races if k == kernel) + 1 == barriers[kernel] for kernel in kernels)

@@ -15,7 +15,8 @@ logprob 0 and counts as length 1, so its mean is 0; fastpost.preference_loss on 
 
 The compiled core has the same formulas with their derivatives in cpp/objectives.h.
 
-Not functions of sequence log-probs, but objectives all the same: BradleyTerry (rewards of a reward model).
+Not functions of sequence log-probs, but objectives all the same: GRPO (token log-probs and advantages, for
+fastpost.policy_loss) and BradleyTerry (rewards of a reward model).
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ import dataclasses
 
 from .base import ALL, DPO_LOSS_TYPES, KINDS, Objective, Sequences, hint
 from .dpo import BCO, DPO, DPOP, IPO, KTO, LNDPO, RDPO, XPO
+from .policy import GRPO, LEVELS, POLICY_KINDS, group_advantage, leave_one_out_advantage
 from .previous import INPO, REBEL, REFUEL
 from .reward import BradleyTerry
 from .simpo import CPO, ORPO, SFT, TPO, AlphaPO, SimPO
 
-__all__ = ["ALL", "BCO", "CPO", "DPO", "DPOP", "DPO_LOSS_TYPES", "INPO", "IPO", "KINDS", "KTO", "LNDPO", "ORPO", "RDPO",
-           "REBEL", "REFUEL", "SFT", "TPO", "XPO", "AlphaPO", "BradleyTerry", "Objective", "Sequences", "SimPO",
-           "from_name"]  # fmt: skip
+__all__ = ["ALL", "BCO", "CPO", "DPO", "DPOP", "DPO_LOSS_TYPES", "GRPO", "INPO", "IPO", "KINDS", "KTO", "LEVELS",
+           "LNDPO", "ORPO", "POLICY_KINDS", "RDPO", "REBEL", "REFUEL", "SFT", "TPO", "XPO", "AlphaPO", "BradleyTerry",
+           "Objective", "Sequences", "SimPO", "from_name", "group_advantage", "leave_one_out_advantage"]  # fmt: skip
 
 _COMPILED = (SFT, DPO, IPO, SimPO, CPO, ORPO, KTO, LNDPO, INPO, REBEL, REFUEL, BCO, XPO, AlphaPO, RDPO, DPOP)
 ALL.update({cls.__name__.lower(): cls for cls in _COMPILED})
