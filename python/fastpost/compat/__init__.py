@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drop-ins: other libraries' call signatures on fastpost's ops. Change an import, keep the calls.
 
-    fastpost.compat.liger   LigerFusedLinear{SimPO, DPO, CPO, ORPO, KTO}Loss
+    fastpost.compat.liger   LigerFusedLinear{SimPO, DPO, CPO, ORPO, KTO, GRPO}Loss
     fastpost.compat.trl     ChunkedLogProbFunction, add_fused_lm_head
     fastpost.compat.cce     linear_cross_entropy of cut-cross-entropy
     fastpost.compat.torch   torch.nn.functional.linear_cross_entropy

@@ -15,43 +15,30 @@ are float32 and detached; Liger's say that they have a gradient, which is droppe
   smoothing, label_smoothing > 0 is a ValueError.
 - discopop and ORPO stay finite where Liger's formulas overflow (margins below -88, probabilities of 1).
 - KTO takes `kl` as a number, one element or [B]; Liger pairs a [B] tensor with the wrong sequences.
+- GRPO has the loss types of objectives.GRPO; see liger_grpo.py for what it refuses.
 - Unscored rows and the zero gradients of a satisfied hinge cost nothing; weight gradients are summed in float32.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from fastpost import objectives
+from fastpost.compat.liger_grpo import LigerFusedLinearGRPOLoss
 from fastpost.compat.logits import sum_of_logits
+from fastpost.compat.padded import pack
 from fastpost.ops.linear_logprob import linear_logprob
 from fastpost.ops.preference_loss import preference_loss
 
-
-class _Packed(NamedTuple):
-    """Scored rows only, sequence after sequence: what preference_loss takes."""
-
-    hidden: Tensor  # [N, D]
-    target: Tensor  # [N]
-    cu_seqlens: Tensor  # [S + 1]
-
-
-def _pack(op, hidden, target, ignore_index, order=None, name="_input") -> _Packed:
-    """`order` [S]: which sequence comes when, None for as they are."""
-    if hidden.ndim != 3 or target.shape != hidden.shape[:2]:
-        raise ValueError(
-            f"[{op}] {name}: expected [sequences, T, D] and a target of [sequences, T], got {list(hidden.shape)} and "
-            f"{list(target.shape)}."
-        )
-    s, t = target.shape
-    order = torch.arange(s, device=target.device) if order is None else order
-    scored = target[order] != ignore_index
-    rows = (order[:, None] * t + torch.arange(t, device=target.device))[scored]
-    cu_seqlens = torch.nn.functional.pad(scored.sum(1).cumsum(0), (1, 0)).int()
-    return _Packed(hidden.flatten(0, 1).index_select(0, rows), target.flatten()[rows], cu_seqlens)
+__all__ = [
+    "LigerFusedLinearCPOLoss",
+    "LigerFusedLinearDPOLoss",
+    "LigerFusedLinearGRPOLoss",
+    "LigerFusedLinearKTOLoss",
+    "LigerFusedLinearORPOLoss",
+    "LigerFusedLinearSimPOLoss",
+]
 
 
 @torch.no_grad()
@@ -62,7 +49,7 @@ def _reference_sums(op, ref_input, ref_weight, ref_bias, target, ignore_index, o
             raise ValueError(
                 f"[{op}] {name}: expected a tensor with use_ref_model=True, got None. Pass it, or use_ref_model=False."
             )
-    packed = _pack(op, ref_input, target, ignore_index, order, "ref_input")
+    packed = pack(op, ref_input, target, ignore_index, order, "ref_input")
     return preference_loss(
         packed.hidden, ref_weight, packed.target, packed.cu_seqlens, objectives.SFT(), bias=ref_bias
     ).logprob
@@ -92,7 +79,7 @@ class _PairedLoss(torch.nn.Module):
                 f"[{op}] target: expected an even number of sequences, the chosen half first, got {target.shape[0]}."
             )
         order = torch.arange(2 * b, device=target.device).view(2, b).T.flatten()  # pairs side by side
-        packed = _pack(op, _input, target, self.ignore_index, order)
+        packed = pack(op, _input, target, self.ignore_index, order)
         if reference is not None:
             reference = _reference_sums(op, *reference, target, self.ignore_index, order)
         other_nll = None
@@ -125,7 +112,7 @@ class _PairedLoss(torch.nn.Module):
         return out.loss, tuple(x.detach() for x in aux)
 
     def _nll(self, op, lin_weight, _input, nll_target, bias):
-        packed = _pack(op, _input, nll_target, self.ignore_index)
+        packed = pack(op, _input, nll_target, self.ignore_index)
         logprob = linear_logprob(packed.hidden, lin_weight, packed.target, bias=bias)
         return -logprob.sum() / max(1, len(logprob))
 
@@ -269,7 +256,7 @@ class LigerFusedLinearKTOLoss(torch.nn.Module):
         if isinstance(kl, Tensor) and kl.numel() not in (1, b):
             raise ValueError(f"[{op}] kl: expected a number, one element or [{b}], got {list(kl.shape)}.")
         kl = 0.0 if kl is None else kl.detach().float().flatten() if isinstance(kl, Tensor) else kl
-        packed = _pack(op, _input, target, self.ignore_index)
+        packed = pack(op, _input, target, self.ignore_index)
         reference = 0.0
         if self.use_ref_model:
             reference = _reference_sums(op, ref_input, ref_weight, ref_bias, target, self.ignore_index)
