@@ -106,6 +106,6 @@ def _check(e, c, targets, bias, reduction, shift, impl, vocab_parallel_options):
         raise ValueError(f"[{OP}] impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {name!r}.")
     if vocab_parallel_options is not None:
         raise ValueError(
-            f"[{OP}] vocab_parallel_options: expected None, got {type(vocab_parallel_options).__name__}. For a classifier "
-            "in shards call fastpost.parallel.vocab_parallel_logprob."
+            f"[{OP}] vocab_parallel_options: expected None, got {type(vocab_parallel_options).__name__}. With a "
+            "classifier in shards call fastpost.parallel.vocab_parallel_logprob."
         )
