@@ -7,6 +7,7 @@
 // absent (None in Python) are marked "?"; `ignored` rows are those with target == ignore_index.
 #pragma once
 
+#include <utility>
 #include <vector>
 
 #include "core/tensor.h"
@@ -74,6 +75,36 @@ void linear_logprob_forward(Tensor hidden, Tensor weight, Tensor bias, Tensor ta
 void linear_logprob_exponentials_backward(Tensor exponentials, Tensor tile_max, Tensor target, int64_t vocab_start,
                                           float temperature, float softcap, Tensor logprob, Tensor lse, Tensor entropy,
                                           Tensor grad_logprob, Tensor grad_entropy, Tensor grad_logits);
+
+// The same with the GEMM inside, for the CPU: logits never reach memory, and a row's result has the same bits whatever else
+// is in the batch. rows? [n] int64 picks rows of hidden [N, D] and target [N]; all per-row results are [n]. bias? is float32.
+// weight [V, D] has contiguous rows; workspaces are uint8.
+
+// Whether this CPU is known to be faster so: bfloat16 with AVX512-BF16 (unless it has matrix units, AMX, which only
+// torch's GEMM uses), other types with AVX-512 on AMD, where torch's float32 GEMM runs at two thirds of the peak.
+bool linear_logprob_fused_preferred(Tensor weight);
+
+// Bytes of workspace of the forward and of the backward (which gradients it makes, and whether it recomputes logits) on
+// so many threads. With less, fewer work; with less than for one, the ops throw.
+std::pair<int64_t, int64_t> linear_logprob_fused_bytes(Tensor weight, int64_t rows, bool hidden, bool weights,
+                                                       bool recompute, int64_t threads);
+
+// How many of the first `rows` rows can be kept in `budget` bytes, rounded up to whole panels, and the elements (of
+// bfloat16 for bfloat16 weights, else float32) that this takes.
+std::pair<int64_t, int64_t> linear_logprob_fused_kept(Tensor weight, int64_t rows, int64_t budget);
+
+// hidden · weightᵀ -> stats [5, n] as linear_logprob_tile makes them. kept? holds e^(z - m) of the first kept_rows rows,
+// m the maximum of a block of the vocabulary: the backward then makes no logits again.
+void linear_logprob_fused(Tensor hidden, Tensor weight, Tensor bias, Tensor target, Tensor rows, float temperature,
+                          float softcap, bool with_entropy, int64_t kept_rows, Tensor kept, Tensor workspace,
+                          Tensor stats);
+
+// grad_hidden? [N, D] (rows that are not picked are left alone), grad_weight? [V, D] in the dtype of hidden, grad_bias?
+// [V] float32. kept needs softcap = 0 and no grad_entropy.
+void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Tensor target, Tensor rows,
+                                   float temperature, float softcap, Tensor logprob, Tensor lse, Tensor entropy,
+                                   Tensor grad_logprob, Tensor grad_entropy, int64_t kept_rows, Tensor kept,
+                                   Tensor workspace, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias);
 
 // ---- preference_loss: from token log-probs to a loss ----------------------------------------------------------------
 

@@ -60,6 +60,11 @@ NB_MODULE(_core, m) {
   def_op(m, "linear_logprob_rows", &fastpost::linear_logprob_rows);
   def_op(m, "linear_logprob_forward", &fastpost::linear_logprob_forward);
   def_op(m, "linear_logprob_exponentials_backward", &fastpost::linear_logprob_exponentials_backward);
+  m.def("linear_logprob_fused_preferred", &fastpost::linear_logprob_fused_preferred);
+  m.def("linear_logprob_fused_bytes", &fastpost::linear_logprob_fused_bytes);
+  m.def("linear_logprob_fused_kept", &fastpost::linear_logprob_fused_kept);
+  def_op(m, "linear_logprob_fused", &fastpost::linear_logprob_fused);
+  def_op(m, "linear_logprob_fused_backward", &fastpost::linear_logprob_fused_backward);
   def_op(m, "preference_loss", &fastpost::preference_loss);
   def_op(m, "preference_loss_backward", &fastpost::preference_loss_backward);
   def_op(m, "policy_loss", &fastpost::policy_loss);

@@ -6,6 +6,10 @@
 #include <stdexcept>
 #include <string>
 
+#ifdef FP_X86_DISPATCH
+#include <cpuid.h>
+#endif
+
 namespace fastpost {
 namespace {
 
@@ -43,6 +47,23 @@ Isa choose() {
 Isa cpu_isa() {
   static const Isa isa = choose();
   return isa;
+}
+
+bool is_amd() {
+#ifdef FP_X86_DISPATCH
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
+bool has_matrix_units() {
+#ifdef FP_X86_DISPATCH
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+#else
+  return false;
+#endif
 }
 
 const char* name(Isa isa) {

@@ -7,6 +7,8 @@ namespace fastpost {
 enum class Isa { Baseline, Avx2, Avx512, Avx512Bf16 };
 
 Isa cpu_isa();
+bool is_amd();
+bool has_matrix_units();  // AMX with bfloat16
 const char* name(Isa isa);
 
 // Picks the copy of a kernel table that was compiled for this CPU. A *_simd.cpp file defines `const Table* table()` in

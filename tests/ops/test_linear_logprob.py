@@ -10,11 +10,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastpost
 from compare import FLOATS, error, forward_and_gradients
 from fastpost import _core
+from fastpost.ops import _fused
 from fastpost.ops._tiles import plan
 from fastpost.ops.linear_logprob import _forward_op
 from fastpost.reference import linear_logprob as reference
 
 CASES = reference.cases()
+
+
+@pytest.fixture(autouse=True, params=["fused", "torch"])
+def route(request, monkeypatch):
+    """Whose GEMMs: the core's (on the CPU, where it takes the arguments) or torch's."""
+    monkeypatch.setattr(_fused, "FORCED", request.param)
+    monkeypatch.setenv("FASTPOST_CPU_GEMM", request.param)
+    return request.param
 
 
 def run(op, case, inputs, convert, **options):
@@ -244,6 +253,7 @@ def test_masked_rows_are_not_computed(monkeypatch, device):
     seen = []
     mm = torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, **k: (seen.append(tuple(a.shape)), mm(a, b, **k))[1])
+    monkeypatch.setattr(_fused, "FORCED", "torch")  # the core has no call that could be watched
     out = fastpost.linear_logprob(hidden, weight, target)
     assert seen == [(20, 16)]
     seen.clear()

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 
 from fastpost import _core
+from fastpost.ops._register import USE_REFERENCE
 from fastpost.reference import linear_logprob as reference
 
 
 def kernels(t: torch.Tensor):
     """Who works between the GEMMs: the core, or for float64, which is there to check the rest, plain torch."""
-    return reference if t.dtype == torch.float64 else _core
+    return reference if USE_REFERENCE or t.dtype == torch.float64 else _core
 
 
 def compute_dtype(t: torch.Tensor) -> torch.dtype:
@@ -131,18 +132,16 @@ def row_statistics(
 class Backward:
     """One backward pass: which rows, where their logits come from, and the sweep over tiles.
 
-    logprob, lse, entropy?, grad_logprob, grad_entropy? [N]; kept [k, V] from the forward. needs: which gradients, in
+    scored, active [N]: masks of the forward's rows and of those with a gradient that is not zero. logprob, lse,
+    entropy?, grad_logprob, grad_entropy? [N]; kept [k, V] from the forward. needs: which gradients, in
     the order hidden, weight, bias, a, b, in which `run` returns them (empty where not needed)."""
 
-    def __init__(self, hidden, weight, target, bias, a, b, temperature, softcap, ignore_index, memory_budget, logprob,
+    def __init__(self, hidden, weight, target, bias, a, b, temperature, softcap, scored, active, memory_budget, logprob,
                  lse, entropy, kept, grad_logprob, grad_entropy, needs):  # fmt: skip
         self.hidden, self.weight, self.a, self.b, self.kept, self.needs = hidden, weight, a, b, kept, needs
         self.transform = temperature, softcap
         self.dtype = compute_dtype(hidden)
         self.bias = None if bias is None else bias.to(self.dtype)
-        # Scored rows in the forward's order, then those of them whose gradient is not zero.
-        scored = target != ignore_index
-        active = scored & ((grad_logprob != 0) if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0))
         self.rows = scored_rows(active)
         per_row = (target, logprob, lse, entropy, grad_logprob, grad_entropy)
         self.per_row = [t if t is None or self.rows is None else t[self.rows] for t in per_row]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from fastpost import _core
-from fastpost.ops import _second_derivatives
+from fastpost.ops import _fused, _second_derivatives
 from fastpost.ops._register import USE_REFERENCE, expect_plain, register
 from fastpost.ops._tiles import (
     Backward,
@@ -41,6 +41,7 @@ def linear_logprob(
     ignore_index: int = -100,
     return_entropy: bool = False,
     memory_budget: int | None = None,
+    batch_invariant: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each target under ``softmax(z)``, where
     ``z = softcap(hidden · weightᵀ + a · bᵀ + bias) / temperature`` and ``low_rank = (a, b)``.
@@ -65,6 +66,9 @@ def linear_logprob(
         ignore_index: rows with this target get 0 and no gradient.
         return_entropy: also return H = -Σ_j p_j log p_j per row.
         memory_budget: bytes, at least 1 MiB; default 256 MiB. Half of it at most is held between forward and backward.
+        batch_invariant: a row's log-prob, entropy and hidden gradient are the same bits whatever other rows there are,
+            in whatever order, on however many threads. CPU only; where the fused kernels run by themselves (AVX-512 on
+            AMD, AVX512-BF16 without AMX) it costs nothing and holds anyway.
 
     Returns:
         log-probabilities [N] float32 (float64 for float64), in nats, differentiable in `hidden`, `weight`, `bias` and
@@ -84,7 +88,7 @@ def linear_logprob(
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias, a, b))
     logprob, _, entropy, _ = _forward_op(
         hidden, weight, target, bias, a, b, temperature, softcap or 0.0, ignore_index, return_entropy, memory_budget,
-        keep,
+        keep, batch_invariant,
     )  # fmt: skip
     return (logprob, entropy) if return_entropy else logprob
 
@@ -144,18 +148,26 @@ def check(hidden, weight, target, bias, a, b, temperature, softcap, ignore_index
 # ---- the ops ---------------------------------------------------------------------------------------------------------
 
 
-def _forward(hidden, weight, target, bias, a, b, temperature, softcap, ignore_index, with_entropy, memory_budget, keep):
+def _forward(hidden, weight, target, bias, a, b, temperature, softcap, ignore_index, with_entropy, memory_budget, keep,
+             batch_invariant=False):  # fmt: skip
     check(hidden, weight, target, bias, a, b, temperature, softcap, ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
         outputs = _row_outputs(hidden, with_entropy)
         rows = scored_rows(target != ignore_index)
         n = len(target) if rows is None else len(rows)
-        p = forward_plan(n, hidden, weight, a, memory_budget)
-        kept = torch.empty(p.kept if keep else 0, len(weight), dtype=compute_dtype(hidden), device=hidden.device)
         row_outputs = outputs if rows is None else [t.new_empty(min(len(t), n)) for t in outputs]
-        for begin, end, stats in row_statistics(
-            hidden, weight, target, bias, a, b, temperature, softcap, with_entropy, rows, p, kept
-        ):
+        if n and _fused.usable(n, hidden, weight, a, memory_budget, batch_invariant):
+            stats, kept = _fused.forward(
+                hidden, weight, bias, target, rows, temperature, softcap, with_entropy, memory_budget, keep
+            )
+            blocks = [(0, n, stats)]
+        else:
+            p = forward_plan(n, hidden, weight, a, memory_budget)
+            kept = torch.empty(p.kept if keep else 0, len(weight), dtype=compute_dtype(hidden), device=hidden.device)
+            blocks = row_statistics(
+                hidden, weight, target, bias, a, b, temperature, softcap, with_entropy, rows, p, kept
+            )
+        for begin, end, stats in blocks:
             logprob, lse, entropy = (t[begin:end] for t in row_outputs)
             kernels(hidden).linear_logprob_finish(stats, logprob, lse, entropy if with_entropy else None)
         if rows is not None:
@@ -171,9 +183,8 @@ def _row_outputs(hidden, with_entropy):
     return [torch.empty(k, dtype=dtype, device=hidden.device) for k in (n, n, n if with_entropy else 0)]
 
 
-def _forward_fake(
-    hidden, weight, target, bias, a, b, temperature, softcap, ignore_index, with_entropy, memory_budget, keep
-):
+def _forward_fake(hidden, weight, target, bias, a, b, temperature, softcap, ignore_index, with_entropy, memory_budget,
+                  keep, batch_invariant=False):  # fmt: skip
     # How many rows are scored, and so kept, is known only at run time.
     kept_rows = torch.library.get_ctx().new_dynamic_size() if keep else 0
     kept = hidden.new_empty(kept_rows, weight.shape[0], dtype=compute_dtype(hidden))
@@ -181,14 +192,22 @@ def _forward_fake(
 
 
 def _backward(hidden, weight, target, bias, a, b, temperature, softcap, ignore_index, memory_budget, logprob, lse,
-              entropy, kept, grad_logprob, grad_entropy, needs):  # fmt: skip
+              entropy, kept, grad_logprob, grad_entropy, needs, batch_invariant=False):  # fmt: skip
     with torch.autocast(hidden.device.type, enabled=False):
-        return Backward(hidden, weight, target, bias, a, b, temperature, softcap, ignore_index, memory_budget, logprob,
-                        lse, entropy, kept, grad_logprob, grad_entropy, needs).run()  # fmt: skip
+        # Rows of the forward, then those of them whose gradient is not zero.
+        scored = target != ignore_index
+        active = scored & ((grad_logprob != 0) if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0))
+        n = int(scored.sum())
+        if n and _fused.usable(n, hidden, weight, a, memory_budget, batch_invariant):
+            grads = _fused.backward(hidden, weight, bias, target, scored, active, temperature, softcap, logprob, lse,
+                                    entropy, kept, grad_logprob, grad_entropy, needs, memory_budget)  # fmt: skip
+            return *grads, hidden.new_empty(0), hidden.new_empty(0)
+        return Backward(hidden, weight, target, bias, a, b, temperature, softcap, scored, active, memory_budget,
+                        logprob, lse, entropy, kept, grad_logprob, grad_entropy, needs).run()  # fmt: skip
 
 
 def _backward_fake(hidden, weight, target, bias, a, b, temperature, softcap, ignore_index, memory_budget, logprob, lse,
-                   entropy, kept, grad_logprob, grad_entropy, needs):  # fmt: skip
+                   entropy, kept, grad_logprob, grad_entropy, needs, batch_invariant=False):  # fmt: skip
     return tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) if needed else hidden.new_empty(0)
         for t, needed in zip((hidden, weight, bias, a, b), needs)
@@ -196,7 +215,8 @@ def _backward_fake(hidden, weight, target, bias, a, b, temperature, softcap, ign
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.temperature, ctx.softcap, ctx.ignore_index, ctx.with_entropy, ctx.memory_budget, _ = inputs
+    (*tensors, ctx.temperature, ctx.softcap, ctx.ignore_index, ctx.with_entropy, ctx.memory_budget, _,
+     ctx.batch_invariant) = inputs  # fmt: skip
     logprob, lse, entropy, kept = output
     ctx.mark_non_differentiable(lse, kept)
     ctx.save_for_backward(*tensors, logprob, lse, entropy, kept)
@@ -211,22 +231,24 @@ def _autograd(ctx, grad_logprob, _grad_lse, grad_entropy, _grad_kept):
     grads = _backward_op(
         hidden, weight, target, bias, a, b, ctx.temperature, ctx.softcap, ctx.ignore_index, ctx.memory_budget, logprob,
         lse, entropy if ctx.with_entropy else None, kept, grad_logprob, grad_entropy if ctx.with_entropy else None,
-        needs,
+        needs, ctx.batch_invariant,
     )  # fmt: skip
     hidden, weight, bias, a, b = (g if needed else None for g, needed in zip(grads, needs))
-    return hidden, weight, None, bias, a, b, *[None] * 6
+    return hidden, weight, None, bias, a, b, *[None] * 7
 
 
 _backward_op = register(
     "linear_logprob_backward(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? a, Tensor? b, "
     "float temperature, float softcap, int ignore_index, int memory_budget, Tensor logprob, Tensor lse, "
-    "Tensor? entropy, Tensor kept, Tensor grad_logprob, Tensor? grad_entropy, bool[] needs) "
+    "Tensor? entropy, Tensor kept, Tensor grad_logprob, Tensor? grad_entropy, bool[] needs, "
+    "bool batch_invariant=False) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward, _backward_fake, _second_derivatives.autograd, _second_derivatives.setup_context,
 )  # fmt: skip
 _forward_op = register(
     "linear_logprob(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? a, Tensor? b, "
-    "float temperature, float softcap, int ignore_index, bool with_entropy, int memory_budget, bool keep) "
+    "float temperature, float softcap, int ignore_index, bool with_entropy, int memory_budget, bool keep, "
+    "bool batch_invariant=False) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _forward, _forward_fake, _autograd, _setup_context,
 )  # fmt: skip

@@ -1,0 +1,426 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU path of linear_logprob in which matrix product and softmax belong together.
+//
+// The vocabulary is cut into blocks whose weights fit the second-level cache, the rows of N into panels as wide as the
+// matrix kernel. A block's logits for one panel exist only as a float32 tile on the stack: the forward turns it into
+// statistics (and, where the caller keeps it, e^(z - block maximum)), the backward into a gradient, which goes straight
+// into the two products that make the weight gradient (complete for a block, so nothing is summed in memory) and the
+// hidden gradient (float32 sums).
+//
+// Every sum runs in an order that depends on shapes alone: a row's result has the same bits whatever else is in the
+// batch, wherever the row stands and however many threads work.
+#include <cmath>
+
+#include "core/check.h"
+#include "core/parallel.h"
+#include "ops.h"
+#include "ops/linear_logprob_fused_simd.h"
+
+namespace fastpost {
+namespace {
+
+constexpr int64_t kSegments = 32;           // each has running statistics of its own, merged in order
+constexpr int64_t kBlockBytes = 384 << 10;  // weights of a block, as words
+
+struct Shape {
+  int64_t n, d, v;
+  bool pairs;
+  int64_t lanes, panels, padded_n;               // panels of rows
+  int64_t d_panels, padded_d, steps, row_steps;  // words of a row along d, words along all rows
+  int64_t block, blocks;                         // rows of a block, number of blocks
+  int64_t row_words, pair_words;                 // from one row of a gradient block to the next
+  bool direct;                                   // rows of the weight are words as they are
+
+  Shape(int64_t rows, const Tensor& weight) : n(rows), d(weight.size(1)), v(weight.size(0)) {
+    const FusedKernels& k = fused_kernels();
+    pairs = k.pairs && weight.dtype == DType::BFloat16;
+    lanes = k.lanes;
+    panels = (n + lanes - 1) / lanes;
+    padded_n = panels * lanes;
+    d_panels = (d + lanes - 1) / lanes;
+    padded_d = d_panels * lanes;
+    steps = pairs ? (d + 1) / 2 : d;
+    row_steps = pairs ? padded_n / 2 : padded_n;
+    // A cache line more than the data: at distances of a power of two, lines would fight for the same places.
+    row_words = row_steps + 16;
+    pair_words = padded_n + 16;
+    block = kBlockBytes / (4 * steps) / 12 * 12;
+    block = block < 48 ? 48 : block > kMaxBlock ? kMaxBlock : block;
+    blocks = (v + block - 1) / block;
+    const bool even = d % 2 == 0 && weight.stride(0) % 2 == 0;
+    direct = weight.stride(1) == 1 && (pairs ? even : weight.dtype == DType::Float32);
+  }
+  int64_t begin(int64_t b) const { return b * block; }
+  int64_t rows_of(int64_t b) const { return b + 1 < blocks ? block : v - b * block; }
+  // Words of a block along the vocabulary.
+  int64_t block_steps(int64_t rows) const { return pairs ? (rows + 1) / 2 : rows; }
+};
+
+// Hands out pieces of the caller's workspace. Without memory behind it, it only adds up what is needed.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return p;
+  }
+};
+
+struct ForwardSpace {
+  uint32_t* x;        // hidden, lanes across rows
+  float* statistics;  // [segments][5][padded_n]
+  uint32_t* weights;  // [slots][block][steps], unless the weight can be read directly
+
+  ForwardSpace(Arena& a, const Shape& s, int64_t slots)
+      : x(a.take<uint32_t>(s.panels * s.steps * s.lanes)),
+        statistics(a.take<float>(kSegments * 5 * s.padded_n)),
+        weights(a.take<uint32_t>(s.direct ? 0 : slots * s.block * s.steps)) {}
+};
+
+struct BackwardSpace {
+  uint32_t *x_across, *x_along;                  // hidden, for the logits and for the weight gradient
+  float *grad_hidden, *rows;                     // [padded_n][padded_d]; logprob, lse, entropy, g, h, each [padded_n]
+  uint32_t *weights, *along, *by_row, *by_pair;  // of one slot after the other
+
+  BackwardSpace(Arena& a, const Shape& s, int64_t slots, bool recompute, bool hidden, bool weight)
+      : x_across(a.take<uint32_t>(recompute ? s.panels * s.steps * s.lanes : 0)),
+        x_along(a.take<uint32_t>(weight ? s.d_panels * s.row_steps * s.lanes : 0)),
+        grad_hidden(a.take<float>(hidden ? s.padded_n * s.padded_d : 0)),
+        rows(a.take<float>(5 * s.padded_n)),
+        weights(a.take<uint32_t>(s.direct ? 0 : slots * s.block * s.steps)),
+        along(a.take<uint32_t>(hidden ? slots * along_words(s) : 0)),
+        by_row(a.take<uint32_t>(slots * s.block * s.row_words)),
+        by_pair(a.take<uint32_t>(s.pairs && hidden ? slots * pair_words(s) : 0)) {}
+  static int64_t along_words(const Shape& s) { return s.d_panels * s.block_steps(s.block) * s.lanes; }
+  static int64_t pair_words(const Shape& s) { return s.block_steps(s.block) * s.pair_words; }
+};
+
+// What the backward has of the logits of the first rows: e^(z - maximum of the block), [block][panel][row][lane], then
+// these maxima, [block][lane].
+struct Kept {
+  int64_t n = 0;
+  char* values = nullptr;
+  float* maxima = nullptr;
+  int64_t size = 4;
+  Kept() = default;
+  Kept(const Tensor& t, const Shape& s, int64_t rows) : n(rows), values(t.ptr<char>()), size(itemsize(t.dtype)) {
+    maxima = reinterpret_cast<float*>(values + s.v * n * size);
+  }
+  static int64_t bytes(const Shape& s, int64_t rows, int64_t size) { return s.v * rows * size + s.blocks * rows * 4; }
+  char* tile(const Shape& s, int64_t b, int64_t panel) const {
+    return values + (s.begin(b) * n + panel * s.rows_of(b) * s.lanes) * size;
+  }
+  float* maximum(int64_t b, int64_t panel_begin) const { return maxima + b * n + panel_begin; }
+};
+
+// Rows of the weight as the left operand of the product that makes logits.
+struct BlockWeights {
+  const uint32_t* words;
+  int64_t row;
+  BlockWeights(const Tensor& weight, const Shape& s, int64_t b, uint32_t* space) {
+    if (s.direct) {
+      words = reinterpret_cast<const uint32_t*>(weight.row(s.begin(b)));
+      row = weight.stride(0) * itemsize(weight.dtype) / 4;
+    } else {
+      fused_kernels().pack_rows(weight.dtype, s.pairs, weight.row(s.begin(b)),
+                                weight.stride(0) * itemsize(weight.dtype), s.rows_of(b), s.d, space);
+      words = space;
+      row = s.steps;
+    }
+  }
+};
+
+int64_t row_bytes(const Tensor& t) { return t.stride(0) * itemsize(t.dtype); }
+
+const float* block_bias(const Tensor& bias, int64_t begin) {
+  return bias.defined() ? bias.ptr<float>() + begin : nullptr;
+}
+
+int64_t target_of(const Tensor& target, const Tensor& rows, int64_t i) {
+  return target.ptr<int64_t>()[rows.defined() ? rows.ptr<int64_t>()[i] : i];
+}
+
+const int64_t* index_of(const Tensor& rows) { return rows.defined() ? rows.ptr<int64_t>() : nullptr; }
+
+// What both directions take; returns the number of rows.
+int64_t expect_operands(const char* op, const Tensor& hidden, const Tensor& weight, const Tensor& bias,
+                        const Tensor& target, const Tensor& rows, float temperature, float softcap) {
+  expect(op, "hidden", hidden, kFloats, {kAny, kAny}, Layout::ContiguousRows);
+  expect(op, "weight", weight, {hidden.dtype}, {kAny, hidden.size(1)}, Layout::ContiguousRows, &hidden);
+  expect_optional(op, "bias", bias, {DType::Float32}, {weight.size(0)}, Layout::Contiguous, &hidden);
+  expect(op, "target", target, {DType::Int64}, {hidden.size(0)}, Layout::Contiguous, &hidden);
+  expect_optional(op, "rows", rows, {DType::Int64}, {kAny}, Layout::Contiguous, &hidden);
+  expect_transform(op, temperature, softcap);
+  return rows.defined() ? rows.size(0) : hidden.size(0);
+}
+
+// The space for as many slots as there are threads and pieces of work, or as many as the workspace has room for.
+template <class Space, class... Options>
+std::pair<Space, int64_t> take_space(const char* op, const Tensor& workspace, const Shape& s, int64_t pieces,
+                                     Options... options) {
+  expect(op, "workspace", workspace, {DType::UInt8}, {kAny});
+  int64_t slots = num_threads() < pieces ? num_threads() : pieces;
+  for (;; --slots) {
+    Arena arena{workspace.ptr<char>()};
+    const Space space(arena, s, slots, options...);
+    if (arena.used <= workspace.size(0)) return {space, slots};
+    if (slots <= 1) {
+      fail(op, "workspace", "at least " + std::to_string(arena.used) + " bytes", std::to_string(workspace.size(0)));
+    }
+  }
+}
+
+}  // namespace
+
+bool linear_logprob_fused_preferred(Tensor weight) {
+  const Isa isa = cpu_isa();
+  return weight.dtype == DType::BFloat16 ? isa == Isa::Avx512Bf16 && !has_matrix_units()
+                                         : isa >= Isa::Avx512 && is_amd();
+}
+
+std::pair<int64_t, int64_t> linear_logprob_fused_bytes(Tensor weight, int64_t rows, bool hidden, bool weights,
+                                                       bool recompute, int64_t threads) {
+  const Shape s(rows, weight);
+  Arena forward{nullptr}, backward{nullptr};
+  ForwardSpace(forward, s, threads < kSegments ? threads : kSegments);
+  BackwardSpace(backward, s, threads < s.blocks ? threads : s.blocks, recompute, hidden, weights);
+  return {forward.used, backward.used};
+}
+
+std::pair<int64_t, int64_t> linear_logprob_fused_kept(Tensor weight, int64_t rows, int64_t budget) {
+  const Shape s(rows, weight);
+  const int64_t size = itemsize(weight.dtype) == 2 && weight.dtype == DType::BFloat16 ? 2 : 4;
+  int64_t panels = s.panels;
+  while (panels > 0 && Kept::bytes(s, panels * s.lanes, size) > budget) {
+    panels = panels > 64 ? budget / Kept::bytes(s, s.lanes, size) : panels - 1;
+  }
+  const int64_t kept = panels * s.lanes;
+  return {kept, (Kept::bytes(s, kept, size) + size - 1) / size};
+}
+
+void linear_logprob_fused(Tensor hidden, Tensor weight, Tensor bias, Tensor target, Tensor rows, float temperature,
+                          float softcap, bool with_entropy, int64_t kept_rows, Tensor kept, Tensor workspace,
+                          Tensor stats) {
+  constexpr const char* op = "linear_logprob";
+  const int64_t n = expect_operands(op, hidden, weight, bias, target, rows, temperature, softcap);
+  expect(op, "stats", stats, {DType::Float32}, {5, n});
+  const Shape s(n, weight);
+  const auto [space, slots] = take_space<ForwardSpace>(op, workspace, s, kSegments);
+  const Kept keep = kept_rows ? Kept(kept, s, kept_rows) : Kept();
+  const FusedKernels& k = fused_kernels();
+  const LogitTransform transform{1.0f / temperature, softcap};
+
+  parallel_for(s.panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t first = p * s.lanes, count = n - first < s.lanes ? n - first : s.lanes;
+      const int64_t* index = index_of(rows);
+      k.pack_across(hidden.dtype, s.pairs, index ? hidden.ptr<char>() : hidden.row(first), row_bytes(hidden),
+                    index ? index + first : nullptr, count, s.d, space.x + p * s.steps * s.lanes);
+    }
+  });
+  parallel_for(slots, 1, [&](int64_t slot_begin, int64_t slot_end) {
+    alignas(64) float z[kMaxBlock * kMaxLanes], of_block[4 * kMaxLanes];
+    for (int64_t slot = slot_begin; slot < slot_end; ++slot) {
+      for (int64_t g = slot * kSegments / slots; g < (slot + 1) * kSegments / slots; ++g) {
+        float* running = space.statistics + g * 5 * s.padded_n;
+        for (int64_t i = 0; i < s.padded_n; ++i) {
+          running[i] = -INFINITY;
+          for (int r = 1; r < 4; ++r) running[r * s.padded_n + i] = 0;
+          running[4 * s.padded_n + i] = NAN;  // stays where a target is in no segment
+        }
+        for (int64_t b = g * s.blocks / kSegments; b < (g + 1) * s.blocks / kSegments; ++b) {
+          const int64_t v0 = s.begin(b), vb = s.rows_of(b);
+          const BlockWeights w(weight, s, b, space.weights + (s.direct ? 0 : slot * s.block * s.steps));
+          const float* block_biases = block_bias(bias, v0);
+          for (int64_t p = 0; p < s.panels; ++p) {
+            const int64_t first = p * s.lanes;
+            k.multiply(s.pairs, w.words, w.row, 1, vb, space.x + p * s.steps * s.lanes, s.steps, z, s.lanes, false);
+            const bool keeps = first < keep.n;
+            k.statistics(z, vb, block_biases, transform, with_entropy, of_block,
+                         keep.size == 2 ? DType::BFloat16 : DType::Float32, keeps ? keep.tile(s, b, p) : nullptr);
+            if (keeps) std::memcpy(keep.maximum(b, first), of_block, s.lanes * sizeof(float));
+            k.merge(of_block, running + first, s.padded_n);
+            for (int64_t i = first; i < first + s.lanes && i < n; ++i) {
+              const int64_t t = target_of(target, rows, i) - v0;
+              if (t >= 0 && t < vb) running[4 * s.padded_n + i] = z[t * s.lanes + i - first];
+            }
+          }
+        }
+      }
+    }
+  });
+  parallel_for(s.panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * s.lanes; first < end * s.lanes; first += s.lanes) {
+      float* total = space.statistics + first;
+      alignas(64) float one[4 * kMaxLanes];
+      for (int64_t g = 1; g < kSegments; ++g) {
+        const float* next = space.statistics + g * 5 * s.padded_n + first;
+        for (int r = 0; r < 4; ++r) std::memcpy(one + r * s.lanes, next + r * s.padded_n, s.lanes * sizeof(float));
+        k.merge(one, total, s.padded_n);
+        for (int64_t l = 0; l < s.lanes; ++l) {
+          const float t = next[4 * s.padded_n + l];
+          if (t == t) total[4 * s.padded_n + l] = t;
+        }
+      }
+      for (int64_t l = 0; l < s.lanes && first + l < n; ++l) {
+        for (int r = 0; r < 5; ++r) stats.ptr<float>()[r * n + first + l] = total[r * s.padded_n + l];
+      }
+    }
+  });
+}
+
+void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Tensor target, Tensor rows,
+                                   float temperature, float softcap, Tensor logprob, Tensor lse, Tensor entropy,
+                                   Tensor grad_logprob, Tensor grad_entropy, int64_t kept_rows, Tensor kept,
+                                   Tensor workspace, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias) {
+  constexpr const char* op = "linear_logprob_backward";
+  const int64_t n = expect_operands(op, hidden, weight, bias, target, rows, temperature, softcap);
+  for (auto [name, t] : {std::pair{"logprob", &logprob}, {"lse", &lse}, {"grad_logprob", &grad_logprob}}) {
+    expect(op, name, *t, {DType::Float32}, {n});
+  }
+  expect_optional(op, "grad_entropy", grad_entropy, {DType::Float32}, {n});
+  if (grad_entropy.defined()) expect(op, "entropy", entropy, {DType::Float32}, {n});
+  expect_optional(op, "grad_hidden", grad_hidden, {hidden.dtype}, {hidden.size(0), hidden.size(1)});
+  expect_optional(op, "grad_weight", grad_weight, {hidden.dtype}, {weight.size(0), weight.size(1)});
+  expect_optional(op, "grad_bias", grad_bias, {DType::Float32}, {weight.size(0)});
+  const Shape s(n, weight);
+  const auto [space, slots] = take_space<BackwardSpace>(op, workspace, s, s.blocks, kept_rows < n,
+                                                        grad_hidden.defined(), grad_weight.defined());
+  const Kept keep = kept_rows ? Kept(kept, s, kept_rows) : Kept();
+  const FusedKernels& k = fused_kernels();
+  const LogitTransform transform{1.0f / temperature, softcap};
+  const int64_t* index = index_of(rows);
+
+  // Per row, padded so that what is no row has probability and gradient 0.
+  const float* of_row[5] = {logprob.ptr<float>(), lse.ptr<float>(),
+                            grad_entropy.defined() ? entropy.ptr<float>() : nullptr, grad_logprob.ptr<float>(),
+                            grad_entropy.defined() ? grad_entropy.ptr<float>() : nullptr};
+  for (int r = 0; r < 5; ++r) {
+    float* to = space.rows + r * s.padded_n;
+    for (int64_t i = 0; i < s.padded_n; ++i) to[i] = i < n ? (of_row[r] ? of_row[r][i] : 0.0f) : r == 1 ? INFINITY : 0;
+  }
+  const auto panel_gradient = [&](int64_t first) {
+    const float* r = space.rows + first;
+    const bool h = grad_entropy.defined();
+    return PanelGradient{r, r + s.padded_n, h ? r + 2 * s.padded_n : nullptr, r + 3 * s.padded_n,
+                         h ? r + 4 * s.padded_n : nullptr};
+  };
+  if (kept_rows < n) {
+    parallel_for(s.panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t first = p * s.lanes, count = n - first < s.lanes ? n - first : s.lanes;
+        k.pack_across(hidden.dtype, s.pairs, index ? hidden.ptr<char>() : hidden.row(first), row_bytes(hidden),
+                      index ? index + first : nullptr, count, s.d, space.x_across + p * s.steps * s.lanes);
+      }
+    });
+  }
+  if (grad_weight.defined()) {
+    // Rows that are only padding: their steps must be zero.
+    const int64_t real = s.pairs ? (n + 1) / 2 : n;
+    for (int64_t p = 0; p < s.d_panels; ++p) {
+      uint32_t* panel = space.x_along + p * s.row_steps * s.lanes;
+      std::memset(panel + real * s.lanes, 0, (s.row_steps - real) * s.lanes * sizeof(uint32_t));
+    }
+    k.pack_along(hidden.dtype, s.pairs, hidden.ptr<char>(), row_bytes(hidden), index, n, s.d, s.row_steps,
+                 space.x_along);
+  }
+  if (grad_hidden.defined()) std::memset(space.grad_hidden, 0, s.padded_n * s.padded_d * sizeof(float));
+
+  // One block a slot and round: first everything that belongs to the block alone, then the sums that all share.
+  for (int64_t round = 0; round < s.blocks; round += slots) {
+    const int64_t active = s.blocks - round < slots ? s.blocks - round : slots;
+    parallel_for(active, 1, [&](int64_t slot_begin, int64_t slot_end) {
+      alignas(64) float z[kMaxBlock * kMaxLanes], bias_sums[kMaxBlock];
+      for (int64_t slot = slot_begin; slot < slot_end; ++slot) {
+        const int64_t b = round + slot, v0 = s.begin(b), vb = s.rows_of(b);
+        uint32_t* by_row = space.by_row + slot * s.block * s.row_words;
+        uint32_t* by_pair =
+            s.pairs && grad_hidden.defined() ? space.by_pair + slot * BackwardSpace::pair_words(s) : nullptr;
+        const BlockWeights w(weight, s, b, space.weights + (s.direct ? 0 : slot * s.block * s.steps));
+        const float* block_biases = block_bias(bias, v0);
+        std::memset(bias_sums, 0, sizeof bias_sums);
+        for (int64_t p = 0; p < s.panels; ++p) {
+          const int64_t first = p * s.lanes;
+          const PanelGradient grad = panel_gradient(first);
+          struct {
+            int64_t lane, row;
+            float raw;
+          } targets[kMaxLanes];
+          int found = 0;
+          for (int64_t i = first; i < first + s.lanes && i < n; ++i) {
+            const int64_t t = target_of(target, rows, i) - v0;
+            if (t >= 0 && t < vb) targets[found++] = {i - first, t, 0.0f};
+          }
+          if (first < keep.n) {
+            k.derivative_of_kept(keep.size == 2 ? DType::BFloat16 : DType::Float32, keep.tile(s, b, p),
+                                 keep.maximum(b, first), vb, transform, grad, z);
+          } else {
+            k.multiply(s.pairs, w.words, w.row, 1, vb, space.x_across + p * s.steps * s.lanes, s.steps, z, s.lanes,
+                       false);
+            for (int i = 0; i < found; ++i) {
+              targets[i].raw = z[targets[i].row * s.lanes + targets[i].lane];
+              if (block_biases) targets[i].raw += block_biases[targets[i].row];
+            }
+            k.derivative(z, vb, block_biases, transform, grad);
+          }
+          for (int i = 0; i < found; ++i) {  // 1 - p cancels when p is near 1, and -expm1(log p) does not
+            const int64_t l = targets[i].lane;
+            float d = grad.g[l] * -std::expm1(grad.logprob[l]);
+            if (grad.h) {
+              d -= grad.h[l] * std::exp(grad.logprob[l]) * (std::fmax(-104.0f, grad.logprob[l]) + grad.entropy[l]);
+            }
+            if (softcap != 0) {
+              const float unit = std::tanh(targets[i].raw / softcap);
+              d *= 1.0f - unit * unit;
+            }
+            z[targets[i].row * s.lanes + l] = d * transform.inverse_temperature;
+          }
+          const int64_t row_first = s.pairs ? first / 2 : first;
+          k.write_gradient(s.pairs, z, vb, by_row + row_first, s.row_words, by_pair ? by_pair + first : nullptr,
+                           s.pair_words, grad_bias.defined() ? bias_sums : nullptr);
+        }
+        if (grad_bias.defined()) std::memcpy(grad_bias.ptr<float>() + v0, bias_sums, vb * sizeof(float));
+        if (grad_weight.defined()) {
+          for (int64_t p = 0; p < s.d_panels; ++p) {
+            k.multiply(s.pairs, by_row, s.row_words, 1, vb, space.x_along + p * s.row_steps * s.lanes, s.row_steps, z,
+                       s.lanes, false);
+            const int64_t first = p * s.lanes, count = s.d - first < s.lanes ? s.d - first : s.lanes;
+            for (int64_t i = 0; i < vb; ++i) {
+              k.convert(z + i * s.lanes, grad_weight.dtype,
+                        grad_weight.row(v0 + i) + first * itemsize(grad_weight.dtype), count);
+            }
+          }
+        }
+        if (grad_hidden.defined()) {
+          k.pack_along(weight.dtype, s.pairs, weight.row(v0), row_bytes(weight), nullptr, vb, s.d, s.block_steps(vb),
+                       space.along + slot * BackwardSpace::along_words(s));
+        }
+      }
+    });
+    if (!grad_hidden.defined()) continue;
+    parallel_for((n + 5) / 6, 1, [&](int64_t begin, int64_t end) {
+      const int64_t first = 6 * begin, count = (6 * end < n ? 6 * end : n) - first;
+      for (int64_t slot = 0; slot < active; ++slot) {
+        const int64_t steps = s.block_steps(s.rows_of(round + slot));
+        const uint32_t* a =
+            s.pairs ? space.by_pair + slot * BackwardSpace::pair_words(s) : space.by_row + slot * s.block * s.row_words;
+        const uint32_t* w = space.along + slot * BackwardSpace::along_words(s);
+        for (int64_t p = 0; p < s.d_panels; ++p) {
+          k.multiply(s.pairs, a + first, 1, s.pairs ? s.pair_words : s.row_words, count, w + p * steps * s.lanes, steps,
+                     space.grad_hidden + first * s.padded_d + p * s.lanes, s.padded_d, true);
+        }
+      }
+    });
+  }
+  if (grad_hidden.defined()) {
+    parallel_for(n, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        k.convert(space.grad_hidden + i * s.padded_d, grad_hidden.dtype, grad_hidden.row(index ? index[i] : i), s.d);
+      }
+    });
+  }
+}
+
+}  // namespace fastpost
