@@ -153,9 +153,11 @@ class _VocabParallel(torch.autograd.Function):
         group, temperature, softcap, with_entropy, budget, _ = ctx.options
         grad_logprob = grad_logprob.contiguous()
         grad_entropy = grad_entropy.contiguous() if with_entropy else None
+        scored = target != NOT_SCORED
+        active = scored & ((grad_logprob != 0) if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0))
         with torch.autocast(hidden.device.type, enabled=False):
             grads = Backward(
-                hidden, weight, target, bias, a, b, temperature, softcap, NOT_SCORED, budget, logprob, lse,
+                hidden, weight, target, bias, a, b, temperature, softcap, scored, active, budget, logprob, lse,
                 entropy if with_entropy else None, kept, grad_logprob, grad_entropy, list(ctx.needs_input_grad[:5]),
             ).run()  # fmt: skip
         if ctx.sum_hidden:
