@@ -120,6 +120,9 @@ __global__ void __launch_bounds__(kRowThreads)
     const float unit = z * to_unit;
     return kSoftcap ? t.inverse_temperature * (1.0f - unit * unit) : t.inverse_temperature;
   };
+  float at_target = -g * expm1f(row_logprob);  // as in row_gradient, for the sake of 1 - p
+  if constexpr (kEntropy) at_target -= h * expf(row_logprob) * (max_or_nan(kExpUnderflow, row_logprob) + row_entropy);
+  at_target *= slope(row_logprob + row_lse);
   const int lane = threadIdx.x % kWarp;
   for (int64_t tile = threadIdx.x / kWarp; tile * kTileColumns < v; tile += kRowThreads / kWarp) {
     const int64_t begin = tile * kTileColumns + N * lane, left = v - begin;
@@ -130,23 +133,24 @@ __global__ void __launch_bounds__(kRowThreads)
     if (left >= N) {
       x = load<N>(row + begin);
     } else {
+      FP_UNROLL
       for (int k = 0; k < N; ++k) x.v[k] = k < left ? to_float(row[begin + k]) : 0.0f;
     }
+    FP_UNROLL
     for (int k = 0; k < N; ++k) {
       float z = 0.0f, coefficient = -g;
       if constexpr (kSoftcap || kEntropy) z = max + max_or_nan(kExpUnderflow, logf(x.v[k]));
       if constexpr (kEntropy) coefficient -= h * (max_or_nan(kExpUnderflow, z - row_lse) + row_entropy);
       x.v[k] *= scale * coefficient * slope(z);
-      if (begin + k != target) continue;
-      coefficient = -g * expm1f(row_logprob);  // 1 - p, as in row_gradient
-      if constexpr (kEntropy)
-        coefficient -= h * expf(row_logprob) * (max_or_nan(kExpUnderflow, row_logprob) + row_entropy);
-      x.v[k] = coefficient * slope(row_logprob + row_lse);
+      if (begin + k == target) x.v[k] = at_target;
     }
     if (left >= N) {
       store(out + begin, x);
     } else {
-      for (int k = 0; k < left; ++k) out[begin + k] = from_float<bfloat16>(x.v[k]);
+      FP_UNROLL
+      for (int k = 0; k < N; ++k) {
+        if (k < left) out[begin + k] = from_float<bfloat16>(x.v[k]);
+      }
     }
   }
 }

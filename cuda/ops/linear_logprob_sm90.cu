@@ -4,10 +4,16 @@
 #include <cutlass/cutlass.h>
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
 
+//
+// Only the few headers that this kernel needs: cutlass/gemm/kernel/gemm_universal.hpp and the like bring every other one
+// along and double the time to compile.
+#include <cutlass/device_kernel.h>
+
 #include <cute/tensor.hpp>
 #include <cutlass/epilogue/collective/detail.hpp>
-#include <cutlass/gemm/collective/collective_builder.hpp>
-#include <cutlass/gemm/kernel/gemm_universal.hpp>
+#include <cutlass/gemm/collective/builders/sm90_gmma_builder.inl>
+#include <cutlass/gemm/collective/sm90_mma_tma_gmma_ss_warpspecialized.hpp>
+#include <cutlass/gemm/kernel/sm90_gemm_tma_warpspecialized_cooperative.hpp>
 
 #include "cuda/ops/linear_logprob.cuh"
 
@@ -77,23 +83,22 @@ using Kernel = cutlass::gemm::kernel::GemmUniversal<
     Shape<int, int, int, int>, MainLoop,
     cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<FinishTile>,
     cutlass::gemm::PersistentScheduler>;
-using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
-// linear_logprob.cuh says which thread has which logit in which accumulator; CUTLASS must mean the same.
-constexpr bool layouts_agree() {
+// linear_logprob.cuh says which thread has which logit in which accumulator; CUTLASS must mean the same. Both place a
+// logit by a sum over the bits of the two numbers, so that agreement in each bit is agreement.
+constexpr bool agree(int thread, int a) {
   constexpr auto layout = typename MainLoop::TiledMma{}.get_layoutC_TV();  // (thread, accumulator) -> row + 128 column
-  auto agree = [&](int thread, int half, int j) {
-    return layout(thread, accumulator(half, j)) == tile_row(thread, half) + kTileRows * tile_column(thread, j);
-  };
-  for (int thread = 0; thread < kTileThreads; ++thread) {
-    for (int half = 0; half < 2; ++half) {
-      if (!agree(thread, half, thread % kThreadColumns)) return false;
-    }
+  const int half = a / 2 % 2, j = a / 4 * 2 + a % 2;
+  return accumulator(half, j) == a && layout(thread, a) == tile_row(thread, half) + kTileRows * tile_column(thread, j);
+}
+constexpr bool layouts_agree() {
+  for (int bit = 1; bit < kTileThreads; bit *= 2) {
+    if (!agree(bit, 0)) return false;
   }
-  for (int j = 0; j < kThreadColumns; ++j) {
-    if (!agree(0, 0, j) || !agree(kTileThreads - 1, 1, j)) return false;
+  for (int bit = 1; bit < kAccumulators; bit *= 2) {
+    if (!agree(0, bit)) return false;
   }
-  return true;
+  return agree(0, 0) && agree(kTileThreads - 1, kAccumulators - 1);
 }
 static_assert(size(typename MainLoop::TiledMma{}) == kTileThreads && layouts_agree());
 
@@ -104,7 +109,7 @@ void multiply_tiles_sm90(const Stream& stream, const Tensor& hidden, const Tenso
   hardware.device_id = hidden.device_index;
   stream.check(cudaDeviceGetAttribute(&hardware.sm_count, cudaDevAttrMultiProcessorCount, hidden.device_index));
   const int n = static_cast<int>(work.n), v = static_cast<int>(work.v), d = static_cast<int>(hidden.size(1));
-  typename Gemm::Arguments arguments{
+  typename Kernel::Arguments arguments{
       cutlass::gemm::GemmUniversalMode::kGemm,
       {n, v, d, 1},
       {hidden.ptr<Element>(), {hidden.stride(0), _1{}, _0{}}, weight.ptr<Element>(), {weight.stride(0), _1{}, _0{}}},
@@ -113,13 +118,21 @@ void multiply_tiles_sm90(const Stream& stream, const Tensor& hidden, const Tenso
       {}};
   // A wave of tiles is then about as high as wide, and what it loads fits the L2 cache.
   arguments.scheduler.max_swizzle_size = 8;
-  Gemm gemm;
-  // The workspace of this scheduler and epilogue is empty. A driver that cannot describe the tensors fails here.
-  if (gemm.initialize(arguments, nullptr, stream.get()) != cutlass::Status::kSuccess ||
-      gemm.run(stream.get()) != cutlass::Status::kSuccess) {
-    const cudaError_t error = cudaGetLastError();
-    stream.check(error == cudaSuccess ? cudaErrorUnknown : error);
-  }
+  const auto parameters = Kernel::to_underlying_arguments(arguments, nullptr);  // which needs no workspace
+  auto* kernel = cutlass::device_kernel<Kernel>;
+  constexpr int kShared = Kernel::SharedStorageSize;
+  stream.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {size<0>(ClusterShape{}), size<1>(ClusterShape{}), size<2>(ClusterShape{})};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = Kernel::get_grid_shape(parameters);
+  config.blockDim = Kernel::get_block_shape();
+  config.dynamicSmemBytes = kShared;
+  config.stream = stream.get();
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  stream.check(cudaLaunchKernelEx(&config, kernel, parameters));
 }
 
 }  // namespace fastpost::cuda

@@ -16,7 +16,8 @@ namespace cuda = fastpost::cuda;
 constexpr int64_t kRows = 2, kColumns = 2500, kTokens = 700, kSequences = 2;
 constexpr int64_t kMatrix[] = {kRows, kColumns}, kRow[] = {kRows}, kStats[] = {5, kRows}, kToken[] = {kTokens},
                   kSequence[] = {kSequences}, kBounds[] = {kSequences + 1}, kPair[] = {1}, kMetrics[] = {4},
-                  kSums[] = {kSequences, 7};
+                  kSums[] = {kSequences, 7}, kHidden[] = {kRows, 8}, kWeight[] = {300, 8}, kPartials[] = {4, 2, kRows},
+                  kTileMax[] = {2, kRows}, kExponentials[] = {kRows, 300}, kMany[] = {2500};
 
 template <class T, int N>
 Tensor view(std::vector<T>& data, const int64_t (&shape)[N], DType dtype) {
@@ -66,6 +67,24 @@ void linear_logprob_tile_backward(Buffers& x) {
                                      x.floats(x.b, kRow), x.floats(x.c, kRow), x.floats(x.d, kRow), x.floats(x.e, kRow),
                                      x.matrix());
 }
+void linear_logprob_forward(Buffers& x) {
+  std::vector<uint16_t> weight(x.logits), exponentials(x.logits);
+  cuda::linear_logprob_forward(view(x.logits, kHidden, DType::BFloat16), view(weight, kWeight, DType::BFloat16),
+                               Tensor{}, x.targets(kRow), 1000, 1.0f, 30.0f, true,
+                               view(exponentials, kExponentials, DType::BFloat16), x.floats(x.a, kPartials),
+                               x.floats(x.b, kStats));
+}
+void linear_logprob_exponentials_backward(Buffers& x) {  // in place
+  const Tensor tile = view(x.logits, kExponentials, DType::BFloat16);
+  cuda::linear_logprob_exponentials_backward(tile, x.floats(x.a, kTileMax), x.targets(kRow), 1000, 1.0f, 30.0f,
+                                             x.floats(x.b, kRow), x.floats(x.c, kRow), x.floats(x.d, kRow),
+                                             x.floats(x.e, kRow), x.floats(x.f, kRow), tile);
+}
+void linear_logprob_rows(Buffers&) {
+  std::vector<int64_t> target(kMany[0], 1), rows(target), count(1);
+  cuda::linear_logprob_rows(view(target, kMany, DType::Int64), -100, Tensor{}, Tensor{},
+                            view(rows, kMany, DType::Int64), view(count, kPair, DType::Int64));
+}
 void preference_loss(Buffers& x) {
   const fastpost::Objective dpo{fastpost::Kind::dpo_sigmoid, {0.1}};
   std::vector<float> loss(1), losses(1);
@@ -113,6 +132,9 @@ constexpr Entry kEntries[] = {
     {"linear_logprob_tile", linear_logprob_tile},
     {"linear_logprob_finish", linear_logprob_finish},
     {"linear_logprob_tile_backward", linear_logprob_tile_backward},
+    {"linear_logprob_forward", linear_logprob_forward},
+    {"linear_logprob_exponentials_backward", linear_logprob_exponentials_backward},
+    {"linear_logprob_rows", linear_logprob_rows},
     {"preference_loss", preference_loss},
     {"preference_loss_backward", preference_loss_backward},
     {"policy_loss", policy_loss},

@@ -68,7 +68,10 @@ def test_statistics(n, v, softcap, core):
     stats, partials = forward(core, hidden, weight, target, bias, 0, 0.7, softcap or 0.0)
     assert torch.isfinite(stats).all() and torch.isfinite(partials).all()
     logprob, lse, entropy = finish(core, stats)
-    true_logprob, true_entropy = truth(logits(hidden, weight, bias), target, 0.7, softcap)
+    z = logits(hidden, weight, bias)
+    true_logprob, true_entropy = truth(z, target, 0.7, softcap)
+    z = (z if softcap is None else softcap * (z / softcap).tanh()) / 0.7
+    assert error(lse, z.logsumexp(1)) < 1e-6
     assert error(logprob, true_logprob) < 2e-6 and error(entropy, true_entropy) < 4e-6
     without, three = forward(core, hidden, weight, target, bias, 0, 0.7, softcap or 0.0, entropy=False)
     assert torch.equal(without[[0, 1, 2, 4]], stats[[0, 1, 2, 4]]) and torch.equal(three, partials[:3])
@@ -89,7 +92,7 @@ def test_slices_of_the_vocabulary_add_up(core):
 
 
 def test_peaked_rows_keep_their_bits(core):
-    """p -> 1, several logits at the maximum, in one tile and in two, under a temperature no float32 product represents."""
+    """p -> 1, several logits at the maximum, in one tile and in two; 1/temperature is no float32 number."""
     hidden = torch.full((3, 8), 1.0).bfloat16()
     weight = torch.zeros(600, 8).bfloat16()
     bias = torch.zeros(3, 600)
@@ -250,7 +253,9 @@ def test_where_it_runs(core):
 
 def test_on_a_cpu_the_core_refuses():
     hidden, weight, target = inputs(4, 30)
-    with pytest.raises(ValueError, match=r"\[linear_logprob\] hidden: expected what .* accepts, got bfloat16 \[4, 16\]"):
+    with pytest.raises(
+        ValueError, match=r"\[linear_logprob\] hidden: expected what .* accepts, got bfloat16 \[4, 16\]"
+    ):
         forward(_core, hidden, weight, target)
     with pytest.raises(ValueError, match=r"\[linear_logprob_backward\] exponentials: expected a CUDA tensor"):
         _core.linear_logprob_exponentials_backward(hidden, hidden, target, 0, 1.0, 0.0, *[None] * 5, hidden)
