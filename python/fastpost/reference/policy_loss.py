@@ -79,9 +79,7 @@ class Case:
     d: int = 16
     v: int = 101
     scored: float = 0.6  # share of tokens that are scored, at the end of each sequence
-    drift: float = (
-        0.4  # of old log-probs from the policy's: some ratios leave the clip range, none is near its ends
-    )
+    drift: float = 0.4  # of old log-probs: some ratios leave the clip range, none is near its ends
     on_policy: bool = False
     per_token: bool = False  # advantages
     zeros: float = 0.3  # share of advantages that are 0
