@@ -63,15 +63,15 @@ void linear_logprob_rows(Tensor target, int64_t ignore_index, Tensor grad_logpro
 int64_t linear_logprob_forward_columns(Tensor hidden, Tensor weight);
 
 // linear_logprob_tile for the logits hidden · weightᵀ, which are float32 here. hidden [n, D], weight [v, D].
-// exponentials? [n, v] bfloat16, contiguous rows, gets e^(z - m) with m the max of the row within a tile of columns; out
+// exponentials? [n, v] float16, contiguous rows, gets 2^15·e^(z - m) with m the row's maximum in a tile of columns; out
 // (workspace, too): partials [with_entropy ? 4 : 3, ⌈v / columns⌉, n] float32, whose first plane holds m.
 void linear_logprob_forward(Tensor hidden, Tensor weight, Tensor bias, Tensor target, int64_t vocab_start,
                             float temperature, float softcap, bool with_entropy, Tensor exponentials, Tensor partials,
                             Tensor stats);
 
 // linear_logprob_tile_backward from exponentials [n, v] and tile_max = partials[0] instead of logits; grad_logits
-// [n, v] bfloat16 may be the exponentials themselves. Nothing is recomputed, and p has the relative error of a bfloat16
-// where p from bfloat16 logits has |z| times that. vocab_start is that of the first column, which begins a tile.
+// [n, v] bfloat16 may lie in the same memory. No logit is made again, and p has the relative error of a float16 where p
+// from bfloat16 logits has 8·|z| times that. vocab_start is that of the first column, which begins a tile.
 void linear_logprob_exponentials_backward(Tensor exponentials, Tensor tile_max, Tensor target, int64_t vocab_start,
                                           float temperature, float softcap, Tensor logprob, Tensor lse, Tensor entropy,
                                           Tensor grad_logprob, Tensor grad_entropy, Tensor grad_logits);
@@ -99,12 +99,13 @@ void linear_logprob_fused(Tensor hidden, Tensor weight, Tensor bias, Tensor targ
                           float softcap, bool with_entropy, int64_t kept_rows, Tensor kept, Tensor workspace,
                           Tensor stats);
 
-// grad_hidden? [N, D] (rows that are not picked are left alone), grad_weight? [V, D] in the dtype of hidden, grad_bias?
-// [V] float32. kept needs softcap = 0 and no grad_entropy.
+// grad_hidden? [N, D] (rows that are not picked are left alone), grad_weight? [V, D] in the dtype of hidden, or with
+// add_weight float32 and added to; grad_bias? [V] float32. kept needs softcap = 0 and no grad_entropy.
 void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Tensor target, Tensor rows,
                                    float temperature, float softcap, Tensor logprob, Tensor lse, Tensor entropy,
                                    Tensor grad_logprob, Tensor grad_entropy, int64_t kept_rows, Tensor kept,
-                                   Tensor workspace, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias);
+                                   Tensor place, Tensor workspace, Tensor grad_hidden, Tensor grad_weight,
+                                   Tensor grad_bias, bool add_weight);
 
 // ---- preference_loss: from token log-probs to a loss ----------------------------------------------------------------
 

@@ -25,6 +25,9 @@ DOSSIER = (
     "tests/ops/test_{}.py",
     "bench/ops/bench_{}.py",
 )
+PART = re.compile(
+    r"(_fused)?(_simd|_sm\d+)?$"
+)  # an op's second file: the path with the GEMM inside, one instruction set
 HARD_LIMIT = 600  # lines of a source file
 
 
@@ -59,26 +62,33 @@ def test_whole_dossier(op):
     assert files <= {p for p in PATHS if op in Path(p).name}  # what git ls-files '*op*' shows
     assert hasattr(fastpost, op), f"{op} is not in python/fastpost/__init__.py"
     stems = {Path(p).stem for p in PATHS if op in Path(p).name}
-    strays = stems - {op, f"{op}_simd", f"{op}_sm90", f"test_{op}", f"bench_{op}"}
+    strays = {
+        stem for stem in stems if PART.sub("", stem) not in (op, f"bench_{op}") and not stem.startswith(f"test_{op}")
+    }
     assert not strays, f"files of another stem answer to *{op}*"
     assert not [other for other in OPS if other != op and op in other]
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_op_is_in_every_list(op):
-    def mine(path):
-        return {f for f in functions(path) if f == op or f.startswith(op + "_")}
+    def mine(*paths):
+        found = set().union(*(functions(path) for path in paths if path in PATHS))
+        return {f for f in found if f == op or f.startswith(op + "_")}
 
     bound = set(re.findall(r'def_op\(m, "(\w+)"', (ROOT / "cpp/bind/module.cpp").read_text()))
     assert mine("cpp/ops.h"), "cpp/ops.h has no function of this op"
-    assert mine("cpp/ops.h") == mine(f"cpp/ops/{op}.cpp") == {f for f in bound if f == op or f.startswith(op + "_")}
+    assert (
+        mine("cpp/ops.h")
+        == mine(f"cpp/ops/{op}.cpp", f"cpp/ops/{op}_fused.cpp")
+        == {f for f in bound if f == op or f.startswith(op + "_")}
+    )
     assert mine("cuda/ops.h") == mine("cuda/no_cuda.cpp") == mine(f"cuda/ops/{op}.cu") != set()
     assert mine("cuda/ops.h") <= mine("cpp/ops.h")
 
 
 def test_no_op_without_a_dossier():
     for folder, pattern in (("cpp/ops", "*.cpp"), ("cuda/ops", "*.cu"), ("python/fastpost/reference", "*.py")):
-        stems = {re.sub(r"_(simd|sm\d+)$", "", p.stem) for p in (ROOT / folder).glob(pattern)} - {"__init__"}
+        stems = {PART.sub("", p.stem) for p in (ROOT / folder).glob(pattern)} - {"__init__"}
         assert stems == set(OPS), folder
 
 

@@ -25,7 +25,7 @@ int64_t expect_tile(const char* op, const Tensor& logits, const Tensor& bias, co
 
 // What the gradient of a tile needs per row, and where it goes.
 void expect_gradient(const char* op, const Tensor& tile, const Tensor& logprob, const Tensor& lse,
-                     const Tensor& entropy, const Tensor& grad_logprob, const Tensor& grad_entropy,
+                     const Tensor& entropy, const Tensor& grad_logprob, const Tensor& grad_entropy, DType dtype,
                      const Tensor& grad_logits) {
   const int64_t n = tile.size(0);
   expect(op, "logprob", logprob, {DType::Float32}, {n}, Layout::Contiguous, &tile);
@@ -33,7 +33,7 @@ void expect_gradient(const char* op, const Tensor& tile, const Tensor& logprob, 
   expect(op, "grad_logprob", grad_logprob, {DType::Float32}, {n}, Layout::Contiguous, &tile);
   expect_optional(op, "grad_entropy", grad_entropy, {DType::Float32}, {n}, Layout::Contiguous, &tile);
   if (grad_entropy.defined()) expect(op, "entropy", entropy, {DType::Float32}, {n}, Layout::Contiguous, &tile);
-  expect(op, "grad_logits", grad_logits, {tile.dtype}, {n, tile.size(1)}, Layout::ContiguousRows, &tile);
+  expect(op, "grad_logits", grad_logits, {dtype}, {n, tile.size(1)}, Layout::ContiguousRows, &tile);
 }
 
 // Position of a row's target inside the slice, or -1.
@@ -103,7 +103,7 @@ void linear_logprob_tile_backward(Tensor logits, Tensor bias, Tensor target, int
                                   Tensor grad_entropy, Tensor grad_logits) {
   constexpr const char* op = "linear_logprob_backward";
   const int64_t n = expect_tile(op, logits, bias, target, temperature, softcap), v = logits.size(1);
-  expect_gradient(op, logits, logprob, lse, entropy, grad_logprob, grad_entropy, grad_logits);
+  expect_gradient(op, logits, logprob, lse, entropy, grad_logprob, grad_entropy, logits.dtype, grad_logits);
   if (logits.device == Device::CUDA) {
     return cuda::linear_logprob_tile_backward(logits, bias, target, vocab_start, temperature, softcap, logprob, lse,
                                               entropy, grad_logprob, grad_entropy, grad_logits);
@@ -172,7 +172,7 @@ void linear_logprob_forward(Tensor hidden, Tensor weight, Tensor bias, Tensor ta
   expect_optional(op, "bias", bias, {DType::BFloat16}, {v}, Layout::Contiguous, &hidden);
   expect(op, "target", target, {DType::Int64}, {n}, Layout::Contiguous, &hidden);
   expect_transform(op, temperature, softcap);
-  expect_optional(op, "exponentials", exponentials, {DType::BFloat16}, {n, v}, Layout::ContiguousRows, &hidden);
+  expect_optional(op, "exponentials", exponentials, {DType::Float16}, {n, v}, Layout::ContiguousRows, &hidden);
   expect(op, "partials", partials, {DType::Float32}, {with_entropy ? 4 : 3, (v + columns - 1) / columns, n},
          Layout::Contiguous, &hidden);
   expect(op, "stats", stats, {DType::Float32}, {kStatsRows, n}, Layout::Contiguous, &hidden);
@@ -184,12 +184,12 @@ void linear_logprob_exponentials_backward(Tensor exponentials, Tensor tile_max, 
                                           float temperature, float softcap, Tensor logprob, Tensor lse, Tensor entropy,
                                           Tensor grad_logprob, Tensor grad_entropy, Tensor grad_logits) {
   constexpr const char* op = "linear_logprob_backward";
-  expect(op, "exponentials", exponentials, {DType::BFloat16}, {kAny, kAny}, Layout::ContiguousRows);
+  expect(op, "exponentials", exponentials, {DType::Float16}, {kAny, kAny}, Layout::ContiguousRows);
   if (exponentials.device != Device::CUDA) {
     fail(op, "exponentials", "a CUDA tensor", describe(exponentials), "Only linear_logprob_forward makes them.");
   }
   const int64_t n = expect_tile(op, exponentials, Tensor{}, target, temperature, softcap);
-  expect_gradient(op, exponentials, logprob, lse, entropy, grad_logprob, grad_entropy, grad_logits);
+  expect_gradient(op, exponentials, logprob, lse, entropy, grad_logprob, grad_entropy, DType::BFloat16, grad_logits);
   const int64_t tiles = (exponentials.size(1) + cuda::kTileColumns - 1) / cuda::kTileColumns;
   expect(op, "tile_max", tile_max, {DType::Float32}, {tiles, n}, Layout::ContiguousRows, &exponentials);
   cuda::linear_logprob_exponentials_backward(exponentials, tile_max, target, vocab_start, temperature, softcap, logprob,

@@ -274,7 +274,8 @@ void linear_logprob_fused(Tensor hidden, Tensor weight, Tensor bias, Tensor targ
 void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Tensor target, Tensor rows,
                                    float temperature, float softcap, Tensor logprob, Tensor lse, Tensor entropy,
                                    Tensor grad_logprob, Tensor grad_entropy, int64_t kept_rows, Tensor kept,
-                                   Tensor workspace, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias) {
+                                   Tensor place_of, Tensor workspace, Tensor grad_hidden, Tensor grad_weight,
+                                   Tensor grad_bias, bool add_weight) {
   constexpr const char* op = "linear_logprob_backward";
   const int64_t n = expect_operands(op, hidden, weight, bias, target, rows, temperature, softcap);
   for (auto [name, t] : {std::pair{"logprob", &logprob}, {"lse", &lse}, {"grad_logprob", &grad_logprob}}) {
@@ -283,12 +284,20 @@ void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Te
   expect_optional(op, "grad_entropy", grad_entropy, {DType::Float32}, {n});
   if (grad_entropy.defined()) expect(op, "entropy", entropy, {DType::Float32}, {n});
   expect_optional(op, "grad_hidden", grad_hidden, {hidden.dtype}, {hidden.size(0), hidden.size(1)});
-  expect_optional(op, "grad_weight", grad_weight, {hidden.dtype}, {weight.size(0), weight.size(1)});
+  expect_optional(op, "grad_weight", grad_weight, {add_weight ? DType::Float32 : hidden.dtype},
+                  {weight.size(0), weight.size(1)});
   expect_optional(op, "grad_bias", grad_bias, {DType::Float32}, {weight.size(0)});
   const Shape s(n, weight);
-  const auto [space, slots] = take_space<BackwardSpace>(op, workspace, s, s.blocks, kept_rows < n,
-                                                        grad_hidden.defined(), grad_weight.defined());
+  expect_optional(op, "place", place_of, {DType::Int64}, {n});
   const Kept keep = kept_rows ? Kept(kept, s, kept_rows) : Kept();
+  const int64_t* place = place_of.defined() ? place_of.ptr<int64_t>() : nullptr;
+  const auto is_kept = [&](int64_t panel) {  // rows are in ascending order: the last of a panel decides
+    const int64_t last = (panel + 1) * s.lanes <= n ? (panel + 1) * s.lanes - 1 : n - 1;
+    return (place ? place[last] : last) < keep.n;
+  };
+  const bool recompute = !is_kept(s.panels - 1);
+  const auto [space, slots] =
+      take_space<BackwardSpace>(op, workspace, s, s.blocks, recompute, grad_hidden.defined(), grad_weight.defined());
   const FusedKernels& k = fused_kernels();
   const LogitTransform transform{1.0f / temperature, softcap};
   const int64_t* index = index_of(rows);
@@ -307,7 +316,7 @@ void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Te
     return PanelGradient{r, r + s.padded_n, h ? r + 2 * s.padded_n : nullptr, r + 3 * s.padded_n,
                          h ? r + 4 * s.padded_n : nullptr};
   };
-  if (kept_rows < n) {
+  if (recompute) {
     parallel_for(s.panels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
         const int64_t first = p * s.lanes, count = n - first < s.lanes ? n - first : s.lanes;
@@ -353,9 +362,17 @@ void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Te
             const int64_t t = target_of(target, rows, i) - v0;
             if (t >= 0 && t < vb) targets[found++] = {i - first, t, 0.0f};
           }
-          if (first < keep.n) {
-            k.derivative_of_kept(keep.size == 2 ? DType::BFloat16 : DType::Float32, keep.tile(s, b, p),
-                                 keep.maximum(b, first), vb, transform, grad, z);
+          if (is_kept(p)) {
+            int64_t offset[kMaxLanes];
+            alignas(64) float maxima[kMaxLanes];
+            for (int64_t l = 0; place && l < s.lanes; ++l) {  // of padding: any lane
+              const int64_t old = place[first + l < n ? first + l : n - 1];
+              offset[l] = old / s.lanes * vb * s.lanes + old % s.lanes;
+              maxima[l] = *keep.maximum(b, old);
+            }
+            k.derivative_of_kept(keep.size == 2 ? DType::BFloat16 : DType::Float32, keep.tile(s, b, place ? 0 : p),
+                                 place ? offset : nullptr, place ? maxima : keep.maximum(b, first), vb, transform, grad,
+                                 z);
           } else {
             k.multiply(s.pairs, w.words, w.row, 1, vb, space.x_across + p * s.steps * s.lanes, s.steps, z, s.lanes,
                        false);
@@ -388,8 +405,12 @@ void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Te
                        s.lanes, false);
             const int64_t first = p * s.lanes, count = s.d - first < s.lanes ? s.d - first : s.lanes;
             for (int64_t i = 0; i < vb; ++i) {
-              k.convert(z + i * s.lanes, grad_weight.dtype,
-                        grad_weight.row(v0 + i) + first * itemsize(grad_weight.dtype), count);
+              char* out = grad_weight.row(v0 + i) + first * itemsize(grad_weight.dtype);
+              if (add_weight) {
+                for (int64_t l = 0; l < count; ++l) reinterpret_cast<float*>(out)[l] += z[i * s.lanes + l];
+              } else {
+                k.convert(z + i * s.lanes, grad_weight.dtype, out, count);
+              }
             }
           }
         }

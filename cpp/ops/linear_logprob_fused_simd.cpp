@@ -287,14 +287,19 @@ void derivative(float* z, int64_t v, const float* bias, const LogitTransform& t,
   });
 }
 
-void derivative_of_kept(DType dtype, const void* kept, const float* block_max, int64_t v, const LogitTransform& t,
-                        const PanelGradient& grad, float* z) {
+void derivative_of_kept(DType dtype, const void* kept, const int64_t* offset, const float* block_max, int64_t v,
+                        const LogitTransform& t, const PanelGradient& grad, float* z) {
   visit_float(dtype, [&]<class T>(T) {
     for (int j = 0; j < kLanes; j += kWidth) {
       const F32 factor = exp(load(block_max + j) - load(grad.lse + j)) * broadcast(-t.inverse_temperature);
       const F32 coefficient = factor * load(grad.g + j);
+      const T* values = static_cast<const T*>(kept);
       for (int64_t i = 0; i < v; ++i) {
-        store(z + i * kLanes + j, load(static_cast<const T*>(kept) + i * kLanes + j) * coefficient);
+        T picked[kWidth];
+        if (offset) {
+          for (int l = 0; l < kWidth; ++l) picked[l] = values[offset[j + l] + i * kLanes];
+        }
+        store(z + i * kLanes + j, load(offset ? picked : values + i * kLanes + j) * coefficient);
       }
     }
   });

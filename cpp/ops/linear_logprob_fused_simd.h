@@ -46,8 +46,9 @@ struct FusedKernels {
 
   // z [v][lanes] = d(g·logp + h·H)/d product, all but the target's entries: from products, or from what was kept.
   void (*derivative)(float* z, int64_t v, const float* bias, const LogitTransform& t, const PanelGradient& grad);
-  void (*derivative_of_kept)(DType dtype, const void* kept, const float* block_max, int64_t v, const LogitTransform& t,
-                             const PanelGradient& grad, float* z);
+  // offset[lane] (null: lane itself) is where a lane's values begin, in elements, each `lanes` after the one before.
+  void (*derivative_of_kept)(DType dtype, const void* kept, const int64_t* offset, const float* block_max, int64_t v,
+                             const LogitTransform& t, const PanelGradient& grad, float* z);
   // z as the words of two products: by_row [v][·] with steps along the lanes, and for pairs by_pair [v / 2][·] with
   // steps along v (null: not wanted). Distances are in words. sums [v] (may be null) += Σ over lanes.
   void (*write_gradient)(bool pairs, const float* z, int64_t v, uint32_t* by_row, int64_t row_words, uint32_t* by_pair,

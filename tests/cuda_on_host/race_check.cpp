@@ -71,14 +71,14 @@ void linear_logprob_forward(Buffers& x) {
   std::vector<uint16_t> weight(x.logits), exponentials(x.logits);
   cuda::linear_logprob_forward(view(x.logits, kHidden, DType::BFloat16), view(weight, kWeight, DType::BFloat16),
                                Tensor{}, x.targets(kRow), 1000, 1.0f, 30.0f, true,
-                               view(exponentials, kExponentials, DType::BFloat16), x.floats(x.a, kPartials),
+                               view(exponentials, kExponentials, DType::Float16), x.floats(x.a, kPartials),
                                x.floats(x.b, kStats));
 }
 void linear_logprob_exponentials_backward(Buffers& x) {  // in place
   const Tensor tile = view(x.logits, kExponentials, DType::BFloat16);
-  cuda::linear_logprob_exponentials_backward(tile, x.floats(x.a, kTileMax), x.targets(kRow), 1000, 1.0f, 30.0f,
-                                             x.floats(x.b, kRow), x.floats(x.c, kRow), x.floats(x.d, kRow),
-                                             x.floats(x.e, kRow), x.floats(x.f, kRow), tile);
+  cuda::linear_logprob_exponentials_backward(
+      view(x.logits, kExponentials, DType::Float16), x.floats(x.a, kTileMax), x.targets(kRow), 1000, 1.0f, 30.0f,
+      x.floats(x.b, kRow), x.floats(x.c, kRow), x.floats(x.d, kRow), x.floats(x.e, kRow), x.floats(x.f, kRow), tile);
 }
 void linear_logprob_rows(Buffers&) {
   std::vector<int64_t> target(kMany[0], 1), rows(target), count(1);

@@ -5,6 +5,7 @@ batch."""
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_kept_exponentials_are_as_good_as_recomputed_logits(dtype):
         _, grads = grads_of(fastpost.linear_logprob, case, inputs, memory_budget=budget)
         errors.append([error(a, t) for a, t in zip(grads, truth)])
     for kept, again in zip(*errors):
-        assert kept <= 1.2 * again + 1e-6
+        assert kept <= 1.5 * again + 1e-6  # one more rounding
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -111,21 +112,25 @@ def test_probability_one_keeps_its_gradient():
 
 
 def test_rows_that_drop_out_of_the_backward():
-    """Few active rows: their logits are made again. Most active: what was kept is used. Both give the same gradient."""
+    """The values kept for rows that are still active are picked out; the others are read by nobody, NaN or not."""
     g = torch.Generator().manual_seed(1)
     hidden, weight = torch.randn(100, 24, generator=g), torch.randn(500, 24, generator=g)
     target = torch.randint(0, 500, (100,), generator=g)
     target[::7] = -100
-    for active in (90, 20):
+    for active, budget in ((90, None), (20, None), (90, 1 << 20)):
         upstream = (torch.arange(100) < active).float()
         found = []
-        for op in (fastpost.linear_logprob, reference.linear_logprob):
+        for op in (partial(fastpost.linear_logprob, memory_budget=budget), reference.linear_logprob):
             h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
             op(h, w, target).backward(upstream)
             found.append((h.grad, w.grad))
         for a, b in zip(*found):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         assert torch.equal(found[0][0][active:], torch.zeros(100 - active, 24))
+        h, w = hidden.clone(), weight.clone().requires_grad_()
+        h[active:] = torch.nan
+        fastpost.linear_logprob(h, w, target, memory_budget=budget).backward(upstream)
+        assert torch.equal(w.grad, found[0][1])
 
 
 def test_16_megabytes_are_enough():

@@ -14,6 +14,7 @@ import torch
 from fastpost import _core
 from fastpost.ops import _fused, _second_derivatives
 from fastpost.ops._register import USE_REFERENCE, expect_plain, register
+from fastpost.ops._schedule import schedule
 from fastpost.ops._tiles import (
     Backward,
     compute_dtype,
@@ -42,7 +43,8 @@ def linear_logprob(
     return_entropy: bool = False,
     memory_budget: int | None = None,
     batch_invariant: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    return_schedule: bool = False,
+) -> torch.Tensor | tuple:
     """Log-probability of each target under ``softmax(z)``, where
     ``z = softcap(hidden · weightᵀ + a · bᵀ + bias) / temperature`` and ``low_rank = (a, b)``.
 
@@ -69,6 +71,8 @@ def linear_logprob(
         batch_invariant: a row's log-prob, entropy and hidden gradient are the same bits whatever other rows there are,
             in whatever order, on however many threads. CPU only; where the fused kernels run by themselves (AVX-512 on
             AMD, AVX512-BF16 without AMX) it costs nothing and holds anyway.
+        return_schedule: also return, last, how this was computed and what it costs (counts the scored rows, for which
+            the host waits on a GPU).
 
     Returns:
         log-probabilities [N] float32 (float64 for float64), in nats, differentiable in `hidden`, `weight`, `bias` and
@@ -90,7 +94,12 @@ def linear_logprob(
         hidden, weight, target, bias, a, b, temperature, softcap or 0.0, ignore_index, return_entropy, memory_budget,
         keep, batch_invariant,
     )  # fmt: skip
-    return (logprob, entropy) if return_entropy else logprob
+    outputs = (logprob, entropy) if return_entropy else (logprob,)
+    if return_schedule:
+        needs = [keep and t.requires_grad for t in (hidden, weight)]
+        outputs += (schedule(hidden, weight, target, needs=needs, budget=memory_budget, a=a, ignore_index=ignore_index,
+                             keeps=not (softcap or return_entropy), batch_invariant=batch_invariant),)  # fmt: skip
+    return outputs if len(outputs) > 1 else logprob
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

@@ -12,8 +12,10 @@ from collections.abc import Callable
 import torch
 
 from fastpost import _core, objectives
+from fastpost.ops import _one_pass
 from fastpost.ops._register import USE_REFERENCE, expect_plain, register
-from fastpost.ops.linear_logprob import linear_logprob
+from fastpost.ops._schedule import Schedule, schedule
+from fastpost.ops.linear_logprob import autocast, check, expect_budget, linear_logprob
 from fastpost.reference import preference_loss as reference
 from fastpost.reference.preference_loss import PreferenceOutput
 
@@ -35,7 +37,8 @@ def preference_loss(
     softcap: float | None = None,
     ignore_index: int = -100,
     memory_budget: int | None = None,
-) -> PreferenceOutput:
+    return_schedule: bool = False,
+) -> PreferenceOutput | tuple[PreferenceOutput, Schedule]:
     """Loss of packed sequences under an objective, from the last hidden states and the output weight.
 
     For pair objectives sequences 2i and 2i + 1 are the chosen and the rejected reply of pair i. Log-probs of sequences
@@ -51,6 +54,9 @@ def preference_loss(
         reference_logprob, previous_logprob, reward: [S] float32, where the objective needs them. No gradient.
         kl: KTO's estimate or BCO's delta, a number or a one-element tensor. No gradient.
         bias, low_rank, temperature, softcap, ignore_index, memory_budget: see linear_logprob.
+        return_schedule: return (output, Schedule), how it was computed and what it costs. On the CPU a batch whose
+            logits exceed the budget is computed in one pass over whole pairs, without making logits twice; see
+            ops/_one_pass.py.
 
     Returns:
         PreferenceOutput(loss [], losses [P], logprob [S], rewards [S], length [S] int32), float32; P counts pairs, or
@@ -68,11 +74,35 @@ def preference_loss(
                                          reference_logprob=reference_logprob, previous_logprob=previous_logprob,
                                          reward=reward, kl=kl, bias=bias, low_rank=low_rank, temperature=temperature,
                                          softcap=softcap, ignore_index=ignore_index)  # fmt: skip
-    logprob = linear_logprob(hidden, weight, target, bias=bias, low_rank=low_rank, temperature=temperature,
-                             softcap=softcap, ignore_index=ignore_index, memory_budget=memory_budget)  # fmt: skip
-    return preference_loss_from_logprob(logprob, target, cu_seqlens, objective, reference_logprob=reference_logprob,
-                                        previous_logprob=previous_logprob, reward=reward, kl=kl,
-                                        ignore_index=ignore_index)  # fmt: skip
+    out = None
+    if low_rank is None and not softcap:
+        out = _in_one_pass(hidden, weight, target, cu_seqlens, objective, reference_logprob, previous_logprob, reward,
+                           kl, bias, temperature, ignore_index, memory_budget)  # fmt: skip
+    if out is None:
+        logprob = linear_logprob(hidden, weight, target, bias=bias, low_rank=low_rank, temperature=temperature,
+                                 softcap=softcap, ignore_index=ignore_index,
+                                 memory_budget=memory_budget)  # fmt: skip
+        out = preference_loss_from_logprob(logprob, target, cu_seqlens, objective, reference_logprob=reference_logprob,
+                                           previous_logprob=previous_logprob, reward=reward, kl=kl,
+                                           ignore_index=ignore_index)  # fmt: skip
+    if not return_schedule:
+        return out
+    return out, schedule_of(hidden, weight, target, cu_seqlens, objective, low_rank=low_rank, softcap=softcap,
+                            ignore_index=ignore_index, memory_budget=memory_budget)  # fmt: skip
+
+
+def schedule_of(hidden, weight, target, cu_seqlens, objective, *, low_rank=None, softcap=None, ignore_index=-100,
+                memory_budget=None) -> Schedule:  # fmt: skip
+    """The schedule that preference_loss takes for these arguments; of `hidden` only shape, dtype and device count, and
+    whether it requires a gradient."""
+    hidden, weight = autocast(hidden, weight)
+    core = objective.core() if isinstance(objective, objectives.Objective) else None
+    return schedule(
+        hidden, weight, target, needs=[torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)],
+        budget=expect_budget("linear_logprob", memory_budget), a=None if low_rank is None else low_rank[0],
+        ignore_index=ignore_index, keeps=not softcap, cu_seqlens=None if core is None else cu_seqlens,
+        paired=core is not None and _is_paired(core[0]),
+    )  # fmt: skip
 
 
 def preference_loss_from_logprob(
@@ -104,17 +134,48 @@ def preference_loss_from_logprob(
         kind, params = objectives.SFT().core()
         _, _, sums, length, _, _ = _forward_op(logprob, target, cu_seqlens, ignore_index, kind, params, *[None] * 4)
         return reference.evaluate(objective, sums, length, **columns, kl=kl)
-    if isinstance(kl, torch.Tensor):
-        expect_plain("preference_loss", logprob=logprob, kl=kl)
-        if kl.numel() != 1:
-            raise ValueError(f"[preference_loss] kl: expected a number or one element, got shape {list(kl.shape)}.")
-        kl = kl.detach().to(logprob.dtype).reshape(())
-    elif kl is not None:
-        kl = logprob.new_full((), kl)
+    kl = _scalar(kl, logprob)
     kind, params = core
     loss, losses, sums, length, rewards, _ = _forward_op(
         logprob, target, cu_seqlens, ignore_index, kind, params, reference_logprob, previous_logprob, reward, kl
     )
+    return PreferenceOutput(loss, losses, sums, rewards, length)
+
+
+def _scalar(kl, logprob):
+    if isinstance(kl, torch.Tensor):
+        expect_plain("preference_loss", logprob=logprob, kl=kl)
+        if kl.numel() != 1:
+            raise ValueError(f"[preference_loss] kl: expected a number or one element, got shape {list(kl.shape)}.")
+        return kl.detach().to(logprob.dtype).reshape(())
+    return None if kl is None else logprob.new_full((), kl)
+
+
+def _in_one_pass(hidden, weight, target, cu_seqlens, objective, reference_logprob, previous_logprob, reward, kl, bias,
+                 temperature, ignore_index, memory_budget):  # fmt: skip
+    """The output by the one-pass schedule, or None where it is not the one to take."""
+    core = objective.core() if isinstance(objective, objectives.Objective) else None
+    if core is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return None
+    columns = {"reference_logprob": reference_logprob, "previous_logprob": previous_logprob, "reward": reward}
+    expect_plain("preference_loss", hidden=hidden, weight=weight, target=target, cu_seqlens=cu_seqlens, bias=bias,
+                 **columns)  # fmt: skip
+    budget = expect_budget("linear_logprob", memory_budget)
+    hidden, weight, bias = autocast(hidden, weight, bias)
+    needs = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    if not any(needs) or not _one_pass.too_many_rows(hidden, weight, target, budget):
+        return None
+    # Every argument is judged before the batch is cut, by the checks of the two ops that this stands for.
+    check(hidden, weight, target, bias, None, None, temperature, 0.0, ignore_index)
+    kl = _scalar(kl, torch.empty(0))
+    _forward(torch.zeros(len(target)), target, cu_seqlens, ignore_index, *core, *columns.values(), kl)
+    paired, tokens = _is_paired(core[0]), objective.unit == "token"
+    if _one_pass.pieces(hidden, weight, target, cu_seqlens, paired, ignore_index, budget, needs[1]) is None:
+        return None
+    loss, losses, sums, length, rewards, *_ = _one_pass.one_pass(
+        hidden, weight, target, cu_seqlens, bias, *columns.values(), kl, *core, temperature, ignore_index, budget,
+        tokens, needs,
+    )  # fmt: skip
     return PreferenceOutput(loss, losses, sums, rewards, length)
 
 

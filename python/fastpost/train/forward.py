@@ -14,6 +14,7 @@ import fastpost
 from fastpost.data.collate import IGNORE, Batch
 from fastpost.hf import folder
 from fastpost.hf.model import backbone, head, verify
+from fastpost.ops.preference_loss import schedule_of
 
 from .config import Config
 from .optim import COMPUTE_DTYPE
@@ -38,6 +39,13 @@ def forward(model: torch.nn.Module, batch: Batch, objective):
         temperature=h.temperature,
         softcap=h.softcap,
     )
+
+
+def schedule(model: torch.nn.Module, batch: Batch, objective):
+    """How the head of `forward` computes this batch: fastpost.ops.preference_loss's Schedule."""
+    h = head(model)
+    hidden = h.weight.new_empty(batch.tokens, h.weight.shape[1]).requires_grad_()
+    return schedule_of(hidden, h.weight, batch.target, batch.cu_seqlens, objective, softcap=h.softcap)
 
 
 def lengths(batch: Batch) -> torch.Tensor:

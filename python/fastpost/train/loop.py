@@ -20,7 +20,7 @@ from .config import Config
 from .device import pick_device
 from .evaluate import evaluate
 from .flops import peak_flops, step_flops
-from .forward import load_policy, wider_than_bf16
+from .forward import load_policy, schedule, wider_than_bf16
 from .metrics import RunLog, peak_memory_gb
 from .optim import COMPUTE_DTYPE, AdamW
 from .plan import Plan
@@ -116,6 +116,7 @@ def _train(cfg: Config, run: RunFolder) -> None:
             }
             if step == 0:
                 log.say(initial_check(values["loss"], objective.initial_loss(), source, cfg.optim.precision))
+                log.say(f"head   {schedule(model, batches[0].to(device), objective)}")
             log.step(step + 1, values, timing)
 
             last = step + 1 == plan.steps

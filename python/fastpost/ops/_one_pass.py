@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""preference_loss in one pass over whole pairs: 6·N·V·D operations however many rows there are.
+
+What forces logits to be made twice is only that a token's coefficient is unknown until its pair's log-probs are. So the
+batch is cut at pairs; of each piece the logits are kept, its losses taken, and its gradients made at once, for the sum
+of all losses. The backward then only multiplies by the incoming gradient, if that is the same for every loss (a mean or
+a sum, as in training); for anything else, and for second derivatives, it runs the two ops that this replaces.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from fastpost import _core, objectives
+from fastpost.ops import _fused
+from fastpost.ops._register import register
+
+
+def too_many_rows(hidden, weight, target, budget: int) -> bool:
+    """Whether the logits of all rows would not be kept, judged by shapes alone."""
+    plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (hidden, weight))
+    n = target.numel()
+    if not plain or hidden.ndim != 2 or weight.ndim != 2 or not _fused.usable(n, hidden, weight, None, budget, False):
+        return False
+    return _fused.kept_rows(n, weight, budget) < n
+
+
+def pieces(hidden, weight, target, cu_seqlens, paired: bool, ignore_index: int, budget: int, sums: bool):
+    """Cuts [(first sequence, last), ...] at groups of sequences, or None where this schedule does not pay: the logits
+    of all scored rows fit the budget, those of one group do not, or the float32 sums of the weight gradient do not."""
+    groups = 2 if paired else 1
+    scored = torch.cat([torch.zeros(1, dtype=torch.int64), (target != ignore_index).cumsum(0)])
+    ends = scored[cu_seqlens.long().clamp(0, len(target))][::groups].tolist()
+    n = ends[-1]
+    if not n or not _fused.usable(n, hidden, weight, None, budget, False):
+        return None
+    if _fused.kept_rows(n, weight, budget) >= n:
+        return None
+    room = budget - (4 * weight.numel() if sums else 0)
+    if room <= 0 or not _fused.usable(n, hidden, weight, None, room, False):
+        return None
+    most = _fused.kept_rows(n, weight, room)
+    if most < max(b - a for a, b in itertools.pairwise(ends)):
+        return None
+    cuts, begin = [0], 0
+    for i in range(1, len(ends)):
+        if ends[i] - ends[begin] > most:
+            begin = i - 1
+            cuts.append(begin)
+    cuts.append(len(ends) - 1)
+    return [(groups * a, groups * b) for a, b in itertools.pairwise(cuts)]
+
+
+def _forward(hidden, weight, target, cu_seqlens, bias, reference, previous, reward, kl, kind, params, temperature,
+             ignore_index, budget, count_tokens, needs):  # fmt: skip
+    paired = objectives.ALL[objectives.KINDS[kind].partition("_")[0]].paired
+    cuts = pieces(hidden, weight, target, cu_seqlens, paired, ignore_index, budget, needs[1])
+    loss, losses, sums, length, rewards, grad_hidden, grad_weight, grad_bias = _forward_fake(
+        hidden, weight, target, cu_seqlens, bias, reference, previous, reward, kl, kind, params, temperature,
+        ignore_index, budget, count_tokens, needs,
+    )  # fmt: skip
+    weight_sum = torch.zeros(weight.shape, dtype=torch.float32) if needs[1] else None
+    bias_sum = torch.zeros(len(weight) if needs[2] else 0, dtype=torch.float32)
+    room = budget - (4 * weight.numel() if needs[1] else 0)
+    starts = cu_seqlens.tolist()
+    for first, last in cuts:
+        tokens, sequences = slice(starts[first], starts[last]), slice(first, last)
+        groups = slice(first // 2, last // 2) if paired else sequences
+        x, y = hidden[tokens], target[tokens]
+        scored = y != ignore_index
+        rows = None if bool(scored.all()) else scored.nonzero()[:, 0]
+        stats, kept = _fused.forward(x, weight, bias, y, rows, temperature, 0.0, False, room, True)
+        of_rows = torch.empty(2, stats.shape[1], dtype=torch.float32)
+        _core.linear_logprob_finish(stats, of_rows[0], of_rows[1], None)
+        logprob, lse = of_rows if rows is None else torch.zeros(2, len(y)).index_copy_(1, rows, of_rows)
+        cu = cu_seqlens[first : last + 1] - starts[first]
+        columns = [None if t is None else t[sequences] for t in (reference, previous, reward)]
+        derivative, own_loss = torch.empty(last - first), torch.empty(())
+        _core.preference_loss(logprob, y, cu, ignore_index, kind, params, *columns, kl, own_loss, losses[groups],
+                              sums[sequences], length[sequences], rewards[sequences], derivative)  # fmt: skip
+        grad_logprob = torch.empty(len(y))
+        ones = torch.ones(groups.stop - groups.start)
+        _core.preference_loss_backward(y, cu, ignore_index, kind, length[sequences], derivative, None, ones, None,
+                                       grad_logprob)  # fmt: skip
+        of_piece = _fused.backward(x, weight, bias, y, scored, scored & (grad_logprob != 0), temperature, 0.0, logprob,
+                                   lse, None, kept, grad_logprob, None, needs, room, weight_sum)  # fmt: skip
+        if needs[0]:
+            grad_hidden[tokens] = of_piece[0]
+        if needs[2]:
+            bias_sum += of_piece[2]
+    torch.div(losses.sum(), float(_count(length, losses, count_tokens)), out=loss)
+    if needs[1]:
+        grad_weight.copy_(weight_sum)
+    if needs[2]:
+        grad_bias.copy_(bias_sum)
+    return loss, losses, sums, length, rewards, grad_hidden, grad_weight, grad_bias
+
+
+def _count(length, losses, count_tokens):
+    """What the mean divides by, as the core does: scored tokens, or losses."""
+    return max(int(length.sum()) if count_tokens else len(losses), 1)
+
+
+def _forward_fake(hidden, weight, target, cu_seqlens, bias, reference, previous, reward, kl, kind, params, temperature,
+                  ignore_index, budget, count_tokens, needs):  # fmt: skip
+    s = cu_seqlens.numel() - 1
+    paired = objectives.ALL[objectives.KINDS[kind].partition("_")[0]].paired
+
+    def new(*shape, dtype=torch.float32):
+        return hidden.new_empty(shape, dtype=dtype)
+
+    grads = (
+        torch.empty_like(t, memory_format=torch.contiguous_format) if needed else hidden.new_empty(0)
+        for t, needed in zip((hidden, weight, bias), needs)
+    )
+    return new(), new(s // 2 if paired else s), new(s), new(s, dtype=torch.int32), new(s), *grads
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.kind, ctx.params, ctx.temperature, ctx.ignore_index, ctx.budget, ctx.count_tokens, ctx.needs = inputs
+    _, losses, _, length, rewards, *grads = output
+    ctx.mark_non_differentiable(length, rewards, *grads)
+    ctx.set_materialize_grads(False)  # None for outputs that nobody used
+    ctx.save_for_backward(*tensors, losses, length, *grads)
+
+
+def _autograd(ctx, grad_loss, grad_losses, grad_sums, *_):
+    *inputs, losses, length, grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+    factor = torch.zeros_like(losses) if grad_losses is None else grad_losses.clone()
+    if grad_loss is not None:
+        factor += grad_loss / _count(length, losses, ctx.count_tokens)
+    found = grad_hidden, grad_weight, grad_bias
+    if torch.is_grad_enabled() or grad_sums is not None or not bool((factor == factor[:1]).all()):
+        found = _two_ops(ctx, inputs, grad_loss, grad_losses, grad_sums)
+    elif factor[0] != 1:
+        found = [g * factor[0].to(g.dtype) if needed else None for g, needed in zip(found, ctx.needs)]
+    hidden, weight, bias = (g if needed else None for g, needed in zip(found, ctx.needs))
+    return hidden, weight, None, None, bias, *[None] * 11
+
+
+def _two_ops(ctx, inputs, *grads):
+    """The gradient through linear_logprob and preference_loss_from_logprob, for what one factor cannot express."""
+    from fastpost.ops.linear_logprob import linear_logprob
+    from fastpost.ops.preference_loss import _forward_op
+
+    hidden, weight, target, cu_seqlens, bias, reference, previous, reward, kl = inputs
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        logprob = linear_logprob(hidden, weight, target, bias=bias, temperature=ctx.temperature,
+                                 ignore_index=ctx.ignore_index, memory_budget=ctx.budget)  # fmt: skip
+        outputs = _forward_op(logprob, target, cu_seqlens, ctx.ignore_index, ctx.kind, ctx.params, reference, previous,
+                              reward, kl)  # fmt: skip
+    used = [(o, g) for o, g in zip(outputs, grads) if g is not None]
+    wanted = [t for t, needed in zip((hidden, weight, bias), ctx.needs) if needed]
+    outputs, upstream = zip(*used)
+    found = iter(torch.autograd.grad(outputs, wanted, upstream, create_graph=create_graph))
+    return [next(found) if needed else None for needed in ctx.needs]
+
+
+one_pass = register(
+    "preference_loss_one_pass(Tensor hidden, Tensor weight, Tensor target, Tensor cu_seqlens, Tensor? bias, "
+    "Tensor? reference, Tensor? previous, Tensor? reward, Tensor? kl, int kind, float[] params, float temperature, "
+    "int ignore_index, int budget, bool count_tokens, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward, _forward_fake, _autograd, _setup_context,
+)  # fmt: skip
