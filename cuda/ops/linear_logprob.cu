@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kFoldThreads)
 // 8 columns of it, the target's among them perhaps, so that it may write over what it has read.
 template <bool kSoftcap, bool kEntropy>
 __global__ void __launch_bounds__(kRowThreads)
-    exponentials_backward_kernel(const bfloat16* exponentials, int64_t row_stride, int64_t v, const float* tile_max,
+    exponentials_backward_kernel(const float16* exponentials, int64_t row_stride, int64_t v, const float* tile_max,
                                  int64_t tile_stride, const int64_t* targets, int64_t vocab_start, LogitTransform t,
                                  const float* logprob, const float* lse, const float* entropy,
                                  const float* grad_logprob, const float* grad_entropy, bfloat16* grad_logits,
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kRowThreads)
     h = grad_entropy[i];
     if (h != 0.0f) row_entropy = entropy[i];
   }
-  const bfloat16* row = exponentials + i * row_stride;
+  const float16* row = exponentials + i * row_stride;
   bfloat16* out = grad_logits + i * grad_row_stride;
   if (g == 0.0f && h == 0.0f) return fill_row(out, v, 0.0f);
   const float row_lse = lse[i], row_logprob = logprob[i];
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kRowThreads)
     const int64_t begin = tile * kTileColumns + N * lane, left = v - begin;
     if (left <= 0) continue;
     const float max = tile_max[tile * tile_stride + i];
-    const float scale = expf(max - row_lse);
+    const float scale = expf(max - row_lse) / kExponentialScale;
     Floats<N> x;
     if (left >= N) {
       x = load<N>(row + begin);
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kRowThreads)
     FP_UNROLL
     for (int k = 0; k < N; ++k) {
       float z = 0.0f, coefficient = -g;
-      if constexpr (kSoftcap || kEntropy) z = max + max_or_nan(kExpUnderflow, logf(x.v[k]));
+      if constexpr (kSoftcap || kEntropy) z = max + max_or_nan(kExpUnderflow, logf(x.v[k] / kExponentialScale));
       if constexpr (kEntropy) coefficient -= h * (max_or_nan(kExpUnderflow, z - row_lse) + row_entropy);
       x.v[k] *= scale * coefficient * slope(z);
       if (begin + k == target) x.v[k] = at_target;
@@ -259,7 +259,7 @@ void linear_logprob_forward(Tensor hidden, Tensor weight, Tensor bias, Tensor ta
                       vocab_start,
                       {1.0f / temperature, softcap},
                       with_entropy,
-                      exponentials.ptr<bfloat16>(),
+                      exponentials.ptr<float16>(),
                       exponentials.defined() ? exponentials.stride(0) : 0,
                       partials.ptr<float>(),
                       stats.ptr<float>() + kZTarget * n};
@@ -276,7 +276,7 @@ void linear_logprob_exponentials_backward(Tensor exponentials, Tensor tile_max, 
   with_flag(softcap != 0, [&](auto capped) {
     with_flag(grad_entropy.defined(), [&](auto with_entropy) {
       launch(exponentials_backward_kernel<decltype(capped)::value, decltype(with_entropy)::value>, exponentials.size(0),
-             kRowThreads, 0, stream, exponentials.ptr<bfloat16>(), exponentials.stride(0), exponentials.size(1),
+             kRowThreads, 0, stream, exponentials.ptr<float16>(), exponentials.stride(0), exponentials.size(1),
              tile_max.ptr<float>(), tile_max.stride(0), target.ptr<int64_t>(), vocab_start, t, logprob.ptr<float>(),
              lse.ptr<float>(), entropy.ptr<float>(), grad_logprob.ptr<float>(), grad_entropy.ptr<float>(),
              grad_logits.ptr<bfloat16>(), grad_logits.stride(0));

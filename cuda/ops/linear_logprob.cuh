@@ -26,6 +26,10 @@ __host__ __device__ constexpr int accumulator(int half, int j) { return j / 2 * 
 __host__ __device__ constexpr int thread_column(int column) { return column / 8 * 2 + column % 2; }
 __host__ __device__ constexpr int quad_lane_of(int column) { return column % 8 / 2; }
 
+// Exponentials are kept as float16, which rounds them eight times finer than bfloat16, and scaled so that only what is
+// below 2^-29 of the tile's largest loses bits, and below 2^-40 is lost.
+constexpr float kExponentialScale = 32768.0f;
+
 // Partial statistics lie as [planes, tiles, n]: max, at_max, rest, and weighted when the entropy is wanted.
 __host__ __device__ constexpr int partial_planes(bool with_entropy) { return with_entropy ? 4 : 3; }
 
@@ -37,7 +41,7 @@ struct TileWork {
   int64_t vocab_start;
   LogitTransform transform;
   bool with_entropy;
-  bfloat16* exponentials;  // [n, v], rows exponentials_stride apart
+  float16* exponentials;  // [n, v], rows exponentials_stride apart
   int64_t exponentials_stride;
   float* partials;
   float* z_target;  // [n]
@@ -138,8 +142,8 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&words)[kQuad], int lan
   }
 }
 
-// Writes one row of the tile as bfloat16: a quad trades values so that each thread has 8 neighbours to write at once.
-__device__ __forceinline__ void store_tile_row(bfloat16* row, int columns, int half, int lane,
+// Writes one row of the tile: a quad trades values so that each thread has 8 neighbours to write at once.
+__device__ __forceinline__ void store_tile_row(float16* row, int columns, int half, int lane,
                                                const float (&z)[kAccumulators]) {
   constexpr int kGroups = kThreadColumns / 2;  // of 8 columns, of which a thread has 2
   FP_UNROLL
@@ -148,16 +152,16 @@ __device__ __forceinline__ void store_tile_row(bfloat16* row, int columns, int h
     FP_UNROLL
     for (int i = 0; i < kQuad; ++i) {
       const int j = 2 * (g + i);
-      words[i] = from_float<bfloat16>(z[accumulator(half, j)]).bits |
-                 uint32_t{from_float<bfloat16>(z[accumulator(half, j + 1)]).bits} << 16;
+      words[i] = from_float<float16>(kExponentialScale * z[accumulator(half, j)]).bits |
+                 uint32_t{from_float<float16>(kExponentialScale * z[accumulator(half, j + 1)]).bits} << 16;
     }
     transpose_quad(words, lane);
     const int column = 8 * (g + lane);
     if (!row || column >= columns) continue;
-    Packed<bfloat16, 8> eight;
+    Packed<float16, 8> eight;
     memcpy(&eight, words, sizeof eight);
-    if (column + 8 <= columns && is_aligned<bfloat16, 8>(row + column)) {
-      *reinterpret_cast<Packed<bfloat16, 8>*>(row + column) = eight;
+    if (column + 8 <= columns && is_aligned<float16, 8>(row + column)) {
+      *reinterpret_cast<Packed<float16, 8>*>(row + column) = eight;
     } else {
       FP_UNROLL
       for (int k = 0; k < 8; ++k) {
