@@ -110,6 +110,35 @@ def test_result_file(check, tmp_path):
     assert path.read_text().index("cases") > path.read_text().index("machine")
 
 
+def test_hopper_times_are_recorded(check, run, monkeypatch, tmp_path):
+    """With stand-ins for the GPU: the script runs to its end and what it wrote is in the result."""
+    fakes = tmp_path / "fakes.py"
+    fakes.write_text(
+        "import sys, types, torch\n"
+        "make = torch.empty, torch.zeros, torch.full, torch.randn, torch.randint\n"
+        "for f in make:\n"
+        "    setattr(torch, f.__name__, lambda *a, device=None, f=f, **k: f(*a, **k))\n"
+        "class Event:\n"
+        "    def __init__(self, **_): pass\n"
+        "    def record(self): pass\n"
+        "    synchronize = record\n"
+        "    def elapsed_time(self, end): return 2.0\n"
+        "torch.cuda.Event = Event\n"
+        "names = 'forward', 'exponentials_backward', 'rows'\n"
+        "core = types.SimpleNamespace(**{f'linear_logprob_{name}': lambda *a: None for name in names})\n"
+        "core.linear_logprob_forward_columns = lambda hidden, weight: 256\n"
+        "sys.modules['fastpost'] = types.SimpleNamespace(_core=core)\n"
+    )
+    monkeypatch.setattr(check, "WORK", tmp_path)
+    monkeypatch.setattr(check, "HOPPER", f"exec(open({str(fakes)!r}).read())\n{check.HOPPER}")
+    run.args.quick = True
+    result = {}
+    assert run.step("hopper", lambda: check.hopper(run, result)), run.steps
+    (times,) = result["hopper"].values()
+    assert times["forward"] == {"ms": 2.0, "least": 2.0, "tflops": pytest.approx(2e-9 * 512 * 256 * 32000 / 2)}
+    assert "N=512 D=256 V=32000: torch.mm 2 ms" in run.steps["hopper"]["note"]
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_planted_faults_compile(check, tmp_path):
     source = tmp_path / "planted.cu"
