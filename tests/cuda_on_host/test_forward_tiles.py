@@ -61,7 +61,7 @@ def truth(z, target, temperature=1.0, softcap=None):
 
 
 @pytest.mark.parametrize("softcap", [None, 6.0])
-@pytest.mark.parametrize("n,v", [(1, 1), (3, 255), (127, 256), (128, 257), (129, 1000), (300, 520)])
+@pytest.mark.parametrize("n,v", [(1, 1), (3, 255), (127, 256), (128, 257), (129, 1000), (300, 520), (2, 4900)])
 def test_statistics(n, v, softcap, core):
     hidden, weight, target = inputs(n, v)
     bias = torch.randn(v).bfloat16()
