@@ -85,27 +85,36 @@ void linear_logprob_exponentials_backward(Tensor exponentials, Tensor tile_max, 
 bool linear_logprob_fused_preferred(Tensor weight);
 
 // Bytes of workspace of the forward and of the backward (which gradients it makes, and whether it recomputes logits) on
-// so many threads. With less, fewer work; with less than for one, the ops throw.
+// so many threads; ordered: with an `order`. With less, fewer work; with less than for one, the ops throw.
 std::pair<int64_t, int64_t> linear_logprob_fused_bytes(Tensor weight, int64_t rows, bool hidden, bool weights,
-                                                       bool recompute, int64_t threads);
+                                                       bool recompute, int64_t threads, bool ordered);
 
 // How many of the first `rows` rows can be kept in `budget` bytes, rounded up to whole panels, and the elements (of
 // bfloat16 for bfloat16 weights, else float32) that this takes.
 std::pair<int64_t, int64_t> linear_logprob_fused_kept(Tensor weight, int64_t rows, int64_t budget);
 
+// The vocabulary is cut into so many blocks, and rows are padded to so many.
+std::pair<int64_t, int64_t> linear_logprob_fused_tiles(Tensor weight, int64_t rows);
+
 // hidden · weightᵀ -> stats [5, n] as linear_logprob_tile makes them. kept? holds e^(z - m) of the first kept_rows rows,
-// m the maximum of a block of the vocabulary: the backward then makes no logits again.
+// m the maximum of a block of the vocabulary: the backward then makes no logits again. order? [V] int64, a permutation,
+// is the order in which vocabulary entries are cut into blocks; target and bias are then in that order, too.
+// log_masses? [blocks, padded rows] gets log Σ e^z of each block and row.
 void linear_logprob_fused(Tensor hidden, Tensor weight, Tensor bias, Tensor target, Tensor rows, float temperature,
-                          float softcap, bool with_entropy, int64_t kept_rows, Tensor kept, Tensor workspace,
-                          Tensor stats);
+                          float softcap, bool with_entropy, int64_t kept_rows, Tensor kept, Tensor order,
+                          Tensor log_masses, Tensor workspace, Tensor stats);
 
 // grad_hidden? [N, D] (rows that are not picked are left alone), grad_weight? [V, D] in the dtype of hidden, or with
-// add_weight float32 and added to; grad_bias? [V] float32. kept needs softcap = 0 and no grad_entropy.
+// add_weight float32 and added to; grad_bias? [V] float32, in the order of entries. kept needs softcap = 0 and no
+// grad_entropy; place? [n] int64 says which row of the forward each row is, when some have dropped out or moved.
+// With the forward's log_masses, tiles are skipped whose probabilities a row can lose without losing more than
+// skip_mass in all; dropped? [n + 1] gets what each row lost and the share of tiles that was computed.
 void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Tensor target, Tensor rows,
                                    float temperature, float softcap, Tensor logprob, Tensor lse, Tensor entropy,
                                    Tensor grad_logprob, Tensor grad_entropy, int64_t kept_rows, Tensor kept,
-                                   Tensor place, Tensor workspace, Tensor grad_hidden, Tensor grad_weight,
-                                   Tensor grad_bias, bool add_weight);
+                                   Tensor place, Tensor order, Tensor log_masses, float skip_mass, Tensor dropped,
+                                   Tensor workspace, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias,
+                                   bool add_weight);
 
 // ---- preference_loss: from token log-probs to a loss ----------------------------------------------------------------
 

@@ -7,6 +7,7 @@
 
 #include "bind/tensor_caster.h"
 #include "core/build_info.h"
+#include "core/large_pages.h"
 #include "core/parallel.h"
 #include "ops.h"
 
@@ -48,6 +49,7 @@ void empty_op(fastpost::Tensor, fastpost::Tensor, fastpost::Tensor, fastpost::Te
 
 NB_MODULE(_core, m) {
   m.def("build_info", &fastpost::build_info);
+  m.def("use_large_pages", &fastpost::use_large_pages);
   def_op(m, "empty_op", &empty_op);  // measures the boundary: python -m bench boundary
 
   def_op(m, "token_logprob", &fastpost::token_logprob);
@@ -62,6 +64,7 @@ NB_MODULE(_core, m) {
   def_op(m, "linear_logprob_exponentials_backward", &fastpost::linear_logprob_exponentials_backward);
   m.def("linear_logprob_fused_preferred", &fastpost::linear_logprob_fused_preferred);
   m.def("linear_logprob_fused_bytes", &fastpost::linear_logprob_fused_bytes);
+  m.def("linear_logprob_fused_tiles", &fastpost::linear_logprob_fused_tiles);
   m.def("linear_logprob_fused_kept", &fastpost::linear_logprob_fused_kept);
   def_op(m, "linear_logprob_fused", &fastpost::linear_logprob_fused);
   def_op(m, "linear_logprob_fused_backward", &fastpost::linear_logprob_fused_backward);

@@ -9,6 +9,7 @@
 //
 // Every sum runs in an order that depends on shapes alone: a row's result has the same bits whatever else is in the
 // batch, wherever the row stands and however many threads work.
+#include <algorithm>
 #include <cmath>
 
 #include "core/check.h"
@@ -29,9 +30,11 @@ struct Shape {
   int64_t d_panels, padded_d, steps, row_steps;  // words of a row along d, words along all rows
   int64_t block, blocks;                         // rows of a block, number of blocks
   int64_t row_words, pair_words;                 // from one row of a gradient block to the next
+  const int64_t* order;                          // vocabulary entry at each place of the sweep; null: as it stands
   bool direct;                                   // rows of the weight are words as they are
 
-  Shape(int64_t rows, const Tensor& weight) : n(rows), d(weight.size(1)), v(weight.size(0)) {
+  Shape(int64_t rows, const Tensor& weight, const Tensor& order_of = Tensor(), bool ordered = false)
+      : n(rows), d(weight.size(1)), v(weight.size(0)), order(order_of.defined() ? order_of.ptr<int64_t>() : nullptr) {
     const FusedKernels& k = fused_kernels();
     pairs = k.pairs && weight.dtype == DType::BFloat16;
     lanes = k.lanes;
@@ -48,9 +51,10 @@ struct Shape {
     block = block < 48 ? 48 : block > kMaxBlock ? kMaxBlock : block;
     blocks = (v + block - 1) / block;
     const bool even = d % 2 == 0 && weight.stride(0) % 2 == 0;
-    direct = weight.stride(1) == 1 && (pairs ? even : weight.dtype == DType::Float32);
+    direct = !order && !ordered && weight.stride(1) == 1 && (pairs ? even : weight.dtype == DType::Float32);
   }
   int64_t begin(int64_t b) const { return b * block; }
+  int64_t entry(int64_t place) const { return order ? order[place] : place; }
   int64_t rows_of(int64_t b) const { return b + 1 < blocks ? block : v - b * block; }
   // Words of a block along the vocabulary.
   int64_t block_steps(int64_t rows) const { return pairs ? (rows + 1) / 2 : rows; }
@@ -83,6 +87,8 @@ struct BackwardSpace {
   uint32_t *x_across, *x_along;                  // hidden, for the logits and for the weight gradient
   float *grad_hidden, *rows;                     // [padded_n][padded_d]; logprob, lse, entropy, g, h, each [padded_n]
   uint32_t *weights, *along, *by_row, *by_pair;  // of one slot after the other
+  uint8_t* alive;  // [blocks][panels]: tiles that are not skipped; then [panels]: whose rows were all kept
+  float* masses;                                 // [slots][blocks]: of one row, to be sorted
 
   BackwardSpace(Arena& a, const Shape& s, int64_t slots, bool recompute, bool hidden, bool weight)
       : x_across(a.take<uint32_t>(recompute ? s.panels * s.steps * s.lanes : 0)),
@@ -92,7 +98,9 @@ struct BackwardSpace {
         weights(a.take<uint32_t>(s.direct ? 0 : slots * s.block * s.steps)),
         along(a.take<uint32_t>(hidden ? slots * along_words(s) : 0)),
         by_row(a.take<uint32_t>(slots * s.block * s.row_words)),
-        by_pair(a.take<uint32_t>(s.pairs && hidden ? slots * pair_words(s) : 0)) {}
+        by_pair(a.take<uint32_t>(s.pairs && hidden ? slots * pair_words(s) : 0)),
+        alive(a.take<uint8_t>((s.blocks + 1) * s.panels)),
+        masses(a.take<float>(slots * s.blocks)) {}
   static int64_t along_words(const Shape& s) { return s.d_panels * s.block_steps(s.block) * s.lanes; }
   static int64_t pair_words(const Shape& s) { return s.block_steps(s.block) * s.pair_words; }
 };
@@ -124,8 +132,9 @@ struct BlockWeights {
       words = reinterpret_cast<const uint32_t*>(weight.row(s.begin(b)));
       row = weight.stride(0) * itemsize(weight.dtype) / 4;
     } else {
-      fused_kernels().pack_rows(weight.dtype, s.pairs, weight.row(s.begin(b)),
-                                weight.stride(0) * itemsize(weight.dtype), s.rows_of(b), s.d, space);
+      fused_kernels().pack_rows(weight.dtype, s.pairs, s.order ? weight.ptr<char>() : weight.row(s.begin(b)),
+                                weight.stride(0) * itemsize(weight.dtype), s.order ? s.order + s.begin(b) : nullptr,
+                                s.rows_of(b), s.d, space);
       words = space;
       row = s.steps;
     }
@@ -172,6 +181,50 @@ std::pair<Space, int64_t> take_space(const char* op, const Tensor& workspace, co
   }
 }
 
+// Which tiles (block, panel) hold more than what may be dropped. A row gives up its lightest blocks as long as their
+// probabilities add up to no more than skip_mass; a tile is skipped when all its rows give it up and none has its target
+// there. dropped? [n + 1]: the mass that each row loses, then the share of tiles that is computed.
+void find_alive(const Shape& s, const Tensor& log_masses, const int64_t* place, const float* lse, const Tensor& target,
+                const Tensor& rows, float skip_mass, int64_t slots, uint8_t* alive, float* masses, float* dropped) {
+  const float* log_mass = log_masses.ptr<float>();
+  const int64_t stride = log_masses.size(1);
+  const auto mass_of = [&](int64_t b, int64_t i) {
+    return std::exp(log_mass[b * stride + (place ? place[i] : i)] - lse[i]);
+  };
+  parallel_for(slots, 1, [&](int64_t slot_begin, int64_t slot_end) {
+    for (int64_t slot = slot_begin; slot < slot_end; ++slot) {
+      float* sorted = masses + slot * s.blocks;
+      for (int64_t p = slot * s.panels / slots; p < (slot + 1) * s.panels / slots; ++p) {
+        for (int64_t b = 0; b < s.blocks; ++b) alive[b * s.panels + p] = 0;
+        for (int64_t i = p * s.lanes; i < (p + 1) * s.lanes && i < s.n; ++i) {
+          for (int64_t b = 0; b < s.blocks; ++b) sorted[b] = mass_of(b, i);
+          std::sort(sorted, sorted + s.blocks);
+          float sum = 0, least = INFINITY;  // of the blocks that must stay
+          for (int64_t b = 0; b < s.blocks; ++b) {
+            sum += sorted[b];
+            if (!(sum <= skip_mass)) {  // NaN stays
+              least = sorted[b];
+              break;
+            }
+          }
+          for (int64_t b = 0; b < s.blocks; ++b) alive[b * s.panels + p] |= !(mass_of(b, i) < least);
+          const int64_t at = target_of(target, rows, i);
+          if (at >= 0 && at < s.v) alive[at / s.block * s.panels + p] = 1;
+        }
+        for (int64_t i = p * s.lanes; dropped && i < (p + 1) * s.lanes && i < s.n; ++i) {
+          dropped[i] = 0;
+          for (int64_t b = 0; b < s.blocks; ++b) dropped[i] += alive[b * s.panels + p] ? 0.0f : mass_of(b, i);
+        }
+      }
+    }
+  });
+  if (dropped) {
+    int64_t computed = 0;
+    for (int64_t t = 0; t < s.blocks * s.panels; ++t) computed += alive[t];
+    dropped[s.n] = static_cast<float>(computed) / static_cast<float>(s.blocks * s.panels);
+  }
+}
+
 }  // namespace
 
 bool linear_logprob_fused_preferred(Tensor weight) {
@@ -181,12 +234,17 @@ bool linear_logprob_fused_preferred(Tensor weight) {
 }
 
 std::pair<int64_t, int64_t> linear_logprob_fused_bytes(Tensor weight, int64_t rows, bool hidden, bool weights,
-                                                       bool recompute, int64_t threads) {
-  const Shape s(rows, weight);
+                                                       bool recompute, int64_t threads, bool ordered) {
+  const Shape s(rows, weight, Tensor(), ordered);
   Arena forward{nullptr}, backward{nullptr};
   ForwardSpace(forward, s, threads < kSegments ? threads : kSegments);
   BackwardSpace(backward, s, threads < s.blocks ? threads : s.blocks, recompute, hidden, weights);
   return {forward.used, backward.used};
+}
+
+std::pair<int64_t, int64_t> linear_logprob_fused_tiles(Tensor weight, int64_t rows) {
+  const Shape s(rows, weight);
+  return {s.blocks, s.padded_n};
 }
 
 std::pair<int64_t, int64_t> linear_logprob_fused_kept(Tensor weight, int64_t rows, int64_t budget) {
@@ -201,12 +259,14 @@ std::pair<int64_t, int64_t> linear_logprob_fused_kept(Tensor weight, int64_t row
 }
 
 void linear_logprob_fused(Tensor hidden, Tensor weight, Tensor bias, Tensor target, Tensor rows, float temperature,
-                          float softcap, bool with_entropy, int64_t kept_rows, Tensor kept, Tensor workspace,
-                          Tensor stats) {
+                          float softcap, bool with_entropy, int64_t kept_rows, Tensor kept, Tensor order,
+                          Tensor log_masses, Tensor workspace, Tensor stats) {
   constexpr const char* op = "linear_logprob";
   const int64_t n = expect_operands(op, hidden, weight, bias, target, rows, temperature, softcap);
   expect(op, "stats", stats, {DType::Float32}, {5, n});
-  const Shape s(n, weight);
+  expect_optional(op, "order", order, {DType::Int64}, {weight.size(0)});
+  const Shape s(n, weight, order);
+  expect_optional(op, "log_masses", log_masses, {DType::Float32}, {s.blocks, s.padded_n});
   const auto [space, slots] = take_space<ForwardSpace>(op, workspace, s, kSegments);
   const Kept keep = kept_rows ? Kept(kept, s, kept_rows) : Kept();
   const FusedKernels& k = fused_kernels();
@@ -241,6 +301,10 @@ void linear_logprob_fused(Tensor hidden, Tensor weight, Tensor bias, Tensor targ
             k.statistics(z, vb, block_biases, transform, with_entropy, of_block,
                          keep.size == 2 ? DType::BFloat16 : DType::Float32, keeps ? keep.tile(s, b, p) : nullptr);
             if (keeps) std::memcpy(keep.maximum(b, first), of_block, s.lanes * sizeof(float));
+            for (int64_t l = 0; log_masses.defined() && l < s.lanes; ++l) {
+              log_masses.ptr<float>()[b * s.padded_n + first + l] =
+                  of_block[l] + std::log(of_block[s.lanes + l] + of_block[2 * s.lanes + l]);
+            }
             k.merge(of_block, running + first, s.padded_n);
             for (int64_t i = first; i < first + s.lanes && i < n; ++i) {
               const int64_t t = target_of(target, rows, i) - v0;
@@ -274,8 +338,9 @@ void linear_logprob_fused(Tensor hidden, Tensor weight, Tensor bias, Tensor targ
 void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Tensor target, Tensor rows,
                                    float temperature, float softcap, Tensor logprob, Tensor lse, Tensor entropy,
                                    Tensor grad_logprob, Tensor grad_entropy, int64_t kept_rows, Tensor kept,
-                                   Tensor place_of, Tensor workspace, Tensor grad_hidden, Tensor grad_weight,
-                                   Tensor grad_bias, bool add_weight) {
+                                   Tensor place_of, Tensor order, Tensor log_masses, float skip_mass, Tensor dropped,
+                                   Tensor workspace, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias,
+                                   bool add_weight) {
   constexpr const char* op = "linear_logprob_backward";
   const int64_t n = expect_operands(op, hidden, weight, bias, target, rows, temperature, softcap);
   for (auto [name, t] : {std::pair{"logprob", &logprob}, {"lse", &lse}, {"grad_logprob", &grad_logprob}}) {
@@ -287,17 +352,26 @@ void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Te
   expect_optional(op, "grad_weight", grad_weight, {add_weight ? DType::Float32 : hidden.dtype},
                   {weight.size(0), weight.size(1)});
   expect_optional(op, "grad_bias", grad_bias, {DType::Float32}, {weight.size(0)});
-  const Shape s(n, weight);
+  expect_optional(op, "order", order, {DType::Int64}, {weight.size(0)});
+  expect_optional(op, "dropped", dropped, {DType::Float32}, {n + 1});
+  const Shape s(n, weight, order);
+  const bool skips = log_masses.defined() && skip_mass > 0;
+  if (log_masses.defined()) expect(op, "log_masses", log_masses, {DType::Float32}, {s.blocks, kAny});
   expect_optional(op, "place", place_of, {DType::Int64}, {n});
   const Kept keep = kept_rows ? Kept(kept, s, kept_rows) : Kept();
   const int64_t* place = place_of.defined() ? place_of.ptr<int64_t>() : nullptr;
-  const auto is_kept = [&](int64_t panel) {  // rows are in ascending order: the last of a panel decides
-    const int64_t last = (panel + 1) * s.lanes <= n ? (panel + 1) * s.lanes - 1 : n - 1;
-    return (place ? place[last] : last) < keep.n;
+  const auto is_kept = [&](int64_t panel) {
+    for (int64_t i = panel * s.lanes; i < (panel + 1) * s.lanes && i < n; ++i) {
+      if ((place ? place[i] : i) >= keep.n) return false;
+    }
+    return true;
   };
-  const bool recompute = !is_kept(s.panels - 1);
-  const auto [space, slots] =
-      take_space<BackwardSpace>(op, workspace, s, s.blocks, recompute, grad_hidden.defined(), grad_weight.defined());
+  bool recompute = false;
+  for (int64_t p = 0; p < s.panels && !recompute; ++p) recompute = !is_kept(p);
+  const auto [space, slots] = take_space<BackwardSpace>(op, workspace, s, s.blocks, recompute, grad_hidden.defined(),
+                                                        grad_weight.defined());
+  uint8_t* kept_panel = space.alive + s.blocks * s.panels;
+  for (int64_t p = 0; p < s.panels; ++p) kept_panel[p] = is_kept(p);
   const FusedKernels& k = fused_kernels();
   const LogitTransform transform{1.0f / temperature, softcap};
   const int64_t* index = index_of(rows);
@@ -337,6 +411,12 @@ void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Te
   }
   if (grad_hidden.defined()) std::memset(space.grad_hidden, 0, s.padded_n * s.padded_d * sizeof(float));
 
+  if (skips) {
+    find_alive(s, log_masses, place, lse.ptr<float>(), target, rows, skip_mass, slots, space.alive, space.masses,
+               dropped.defined() ? dropped.ptr<float>() : nullptr);
+  }
+  const auto skipped = [&](int64_t b, int64_t panel) { return skips && !space.alive[b * s.panels + panel]; };
+
   // One block a slot and round: first everything that belongs to the block alone, then the sums that all share.
   for (int64_t round = 0; round < s.blocks; round += slots) {
     const int64_t active = s.blocks - round < slots ? s.blocks - round : slots;
@@ -352,6 +432,7 @@ void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Te
         std::memset(bias_sums, 0, sizeof bias_sums);
         for (int64_t p = 0; p < s.panels; ++p) {
           const int64_t first = p * s.lanes;
+          if (skipped(b, p)) continue;
           const PanelGradient grad = panel_gradient(first);
           struct {
             int64_t lane, row;
@@ -362,7 +443,7 @@ void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Te
             const int64_t t = target_of(target, rows, i) - v0;
             if (t >= 0 && t < vb) targets[found++] = {i - first, t, 0.0f};
           }
-          if (is_kept(p)) {
+          if (kept_panel[p]) {
             int64_t offset[kMaxLanes];
             alignas(64) float maxima[kMaxLanes];
             for (int64_t l = 0; place && l < s.lanes; ++l) {  // of padding: any lane
@@ -398,42 +479,64 @@ void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Te
           k.write_gradient(s.pairs, z, vb, by_row + row_first, s.row_words, by_pair ? by_pair + first : nullptr,
                            s.pair_words, grad_bias.defined() ? bias_sums : nullptr);
         }
-        if (grad_bias.defined()) std::memcpy(grad_bias.ptr<float>() + v0, bias_sums, vb * sizeof(float));
+        for (int64_t i = 0; grad_bias.defined() && i < vb; ++i) grad_bias.ptr<float>()[s.entry(v0 + i)] = bias_sums[i];
         if (grad_weight.defined()) {
           for (int64_t p = 0; p < s.d_panels; ++p) {
-            k.multiply(s.pairs, by_row, s.row_words, 1, vb, space.x_along + p * s.row_steps * s.lanes, s.row_steps, z,
-                       s.lanes, false);
-            const int64_t first = p * s.lanes, count = s.d - first < s.lanes ? s.d - first : s.lanes;
-            for (int64_t i = 0; i < vb; ++i) {
-              char* out = grad_weight.row(v0 + i) + first * itemsize(grad_weight.dtype);
-              if (add_weight) {
-                for (int64_t l = 0; l < count; ++l) reinterpret_cast<float*>(out)[l] += z[i * s.lanes + l];
-              } else {
-                k.convert(z + i * s.lanes, grad_weight.dtype, out, count);
+            bool add = false;
+            for (int64_t from = 0, to; from < s.panels; from = to) {  // runs of panels that are not skipped
+              for (to = from + 1; to < s.panels && skipped(b, to) == skipped(b, from); ++to) {
               }
+              if (skipped(b, from)) continue;
+              const int64_t steps = s.row_steps / s.panels;
+              k.multiply(s.pairs, by_row + from * steps, s.row_words, 1, vb,
+                         space.x_along + (p * s.row_steps + from * steps) * s.lanes, (to - from) * steps, z, s.lanes,
+                         add);
+              add = true;
             }
+            if (!add) std::memset(z, 0, vb * s.lanes * sizeof(float));
+            const int64_t first = p * s.lanes, count = s.d - first < s.lanes ? s.d - first : s.lanes;
+            char* out[kMaxBlock];
+            for (int64_t i = 0; i < vb; ++i) {
+              out[i] = grad_weight.row(s.entry(v0 + i)) + first * itemsize(grad_weight.dtype);
+              for (int64_t l = 0; add_weight && l < count; ++l)
+                reinterpret_cast<float*>(out[i])[l] += z[i * s.lanes + l];
+            }
+            if (!add_weight) k.convert_away(z, vb, grad_weight.dtype, out, count);
           }
         }
         if (grad_hidden.defined()) {
-          k.pack_along(weight.dtype, s.pairs, weight.row(v0), row_bytes(weight), nullptr, vb, s.d, s.block_steps(vb),
+          k.pack_along(weight.dtype, s.pairs, s.order ? weight.ptr<char>() : weight.row(v0), row_bytes(weight),
+                       s.order ? s.order + v0 : nullptr, vb, s.d, s.block_steps(vb),
                        space.along + slot * BackwardSpace::along_words(s));
         }
       }
     });
     if (!grad_hidden.defined()) continue;
-    parallel_for((n + 5) / 6, 1, [&](int64_t begin, int64_t end) {
-      const int64_t first = 6 * begin, count = (6 * end < n ? 6 * end : n) - first;
-      for (int64_t slot = 0; slot < active; ++slot) {
-        const int64_t steps = s.block_steps(s.rows_of(round + slot));
-        const uint32_t* a =
-            s.pairs ? space.by_pair + slot * BackwardSpace::pair_words(s) : space.by_row + slot * s.block * s.row_words;
-        const uint32_t* w = space.along + slot * BackwardSpace::along_words(s);
-        for (int64_t p = 0; p < s.d_panels; ++p) {
-          k.multiply(s.pairs, a + first, 1, s.pairs ? s.pair_words : s.row_words, count, w + p * steps * s.lanes, steps,
-                     space.grad_hidden + first * s.padded_d + p * s.lanes, s.padded_d, true);
-        }
+    const auto add_hidden = [&](int64_t slot, int64_t first, int64_t count) {
+      const int64_t steps = s.block_steps(s.rows_of(round + slot));
+      const uint32_t* a =
+          s.pairs ? space.by_pair + slot * BackwardSpace::pair_words(s) : space.by_row + slot * s.block * s.row_words;
+      const uint32_t* w = space.along + slot * BackwardSpace::along_words(s);
+      for (int64_t p = 0; p < s.d_panels; ++p) {
+        k.multiply(s.pairs, a + first, 1, s.pairs ? s.pair_words : s.row_words, count, w + p * steps * s.lanes, steps,
+                   space.grad_hidden + first * s.padded_d + p * s.lanes, s.padded_d, true);
       }
-    });
+    };
+    if (skips) {
+      parallel_for(s.panels, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t slot = 0; slot < active; ++slot) {
+          for (int64_t p = begin; p < end; ++p) {
+            const int64_t first = p * s.lanes, count = n - first < s.lanes ? n - first : s.lanes;
+            if (!skipped(round + slot, p)) add_hidden(slot, first, count);
+          }
+        }
+      });
+    } else {
+      parallel_for((n + 5) / 6, 1, [&](int64_t begin, int64_t end) {
+        const int64_t first = 6 * begin, count = (6 * end < n ? 6 * end : n) - first;
+        for (int64_t slot = 0; slot < active; ++slot) add_hidden(slot, first, count);
+      });
+    }
   }
   if (grad_hidden.defined()) {
     parallel_for(n, 64, [&](int64_t begin, int64_t end) {

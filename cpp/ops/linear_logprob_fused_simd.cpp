@@ -31,6 +31,11 @@ void multiply_words(const uint32_t* a, int64_t a_row, int64_t a_step, int64_t ro
     const int64_t n = rows - r0 < kRows ? rows - r0 : kRows;
     const uint32_t* a_of[kRows];
     for (int r = 0; r < kRows; ++r) a_of[r] = a + (r0 + (r < n ? r : n - 1)) * a_row;  // the last row again, unused
+    if (add) {  // rows of c are pages apart: too far for the hardware to see them coming
+      for (int r = 0; r < n; ++r) {
+        for (int j = 0; j < kLanes; j += 16) __builtin_prefetch(c + (r0 + r) * c_row + j, 1);
+      }
+    }
     F32 sum[kRows][kVectors];
     for (int r = 0; r < kRows; ++r) {
       for (int j = 0; j < kVectors; ++j) sum[r][j] = broadcast(0.0f);
@@ -150,11 +155,13 @@ void pack_along(DType dtype, bool pairs, const char* src, int64_t row_bytes, con
   });
 }
 
-void pack_rows(DType dtype, bool pairs, const char* src, int64_t row_bytes, int64_t count, int64_t d, uint32_t* out) {
+void pack_rows(DType dtype, bool pairs, const char* src, int64_t row_bytes, const int64_t* index, int64_t count,
+               int64_t d, uint32_t* out) {
   visit_words(dtype, pairs, [&]<class T, bool Pairs>() {
     const int64_t steps = Pairs ? (d + 1) / 2 : d;
-    for (int64_t i = 0; i < count; ++i, src += row_bytes, out += steps) {
-      for (int64_t k = 0; k < steps; ++k) out[k] = word_at<T, Pairs>(reinterpret_cast<const T*>(src), k, d);
+    for (int64_t i = 0; i < count; ++i, out += steps) {
+      const T* row = reinterpret_cast<const T*>(row_at(src, row_bytes, index, i));
+      for (int64_t k = 0; k < steps; ++k) out[k] = word_at<T, Pairs>(row, k, d);
     }
   });
 }
@@ -343,8 +350,31 @@ void convert(const float* src, DType dtype, char* out, int64_t n) {
   });
 }
 
-constexpr FusedKernels kKernels = {kLanes,     kPairs, multiply,   pack_across,        pack_along,     pack_rows,
-                                   statistics, merge,  derivative, derivative_of_kept, write_gradient, convert};
+void convert_away(const float* src, int64_t rows, DType dtype, char* const* out, int64_t n) {
+#if defined(__AVX512F__)
+  const int64_t bytes = kLanes * itemsize(dtype);
+  bool streamed = false;
+  for (int64_t i = 0; i < rows; ++i, src += kLanes) {
+    if (n != kLanes || reinterpret_cast<uintptr_t>(out[i]) % 64 != 0) {
+      convert(src, dtype, out[i], n);
+      continue;
+    }
+    alignas(64) char line[kLanes * sizeof(float)];
+    convert(src, dtype, line, kLanes);
+    for (int64_t k = 0; k < bytes; k += 64) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(out[i] + k), _mm512_load_si512(line + k));
+    }
+    streamed = true;
+  }
+  if (streamed) _mm_sfence();
+#else
+  for (int64_t i = 0; i < rows; ++i) convert(src + i * kLanes, dtype, out[i], n);
+#endif
+}
+
+constexpr FusedKernels kKernels = {kLanes,         kPairs,     multiply,    pack_across, pack_along,
+                                   pack_rows,      statistics, merge,       derivative,  derivative_of_kept,
+                                   write_gradient, convert,    convert_away};
 
 }  // namespace
 

@@ -34,8 +34,8 @@ struct FusedKernels {
                       int64_t d, uint32_t* out);
   void (*pack_along)(DType dtype, bool pairs, const char* src, int64_t row_bytes, const int64_t* index, int64_t count,
                      int64_t d, int64_t panel_steps, uint32_t* out);
-  void (*pack_rows)(DType dtype, bool pairs, const char* src, int64_t row_bytes, int64_t count, int64_t d,
-                    uint32_t* out);
+  void (*pack_rows)(DType dtype, bool pairs, const char* src, int64_t row_bytes, const int64_t* index, int64_t count,
+                    int64_t d, uint32_t* out);
 
   // z [v][lanes] holds products; becomes transformed logits. stats [4][lanes]: RowStats of the block, per lane.
   // kept [v][lanes] of `dtype` (may be null) gets e^(z - stats.max).
@@ -55,6 +55,8 @@ struct FusedKernels {
                          int64_t pair_words, float* sums);
   // n floats -> dtype.
   void (*convert)(const float* src, DType dtype, char* out, int64_t n);
+  // The same for rows of up to `lanes` floats that nobody reads soon, past the caches where they fill lines.
+  void (*convert_away)(const float* src, int64_t rows, DType dtype, char* const* out, int64_t n);
 };
 
 FP_DECLARE_SIMD(FusedKernels, fused_kernels)

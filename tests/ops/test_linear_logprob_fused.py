@@ -168,7 +168,7 @@ def test_a_workspace_too_small_is_refused():
     with pytest.raises(ValueError, match=r"\[linear_logprob\] workspace: expected at least \d+ bytes, got 64"):
         _core.linear_logprob_fused(
             torch.randn(4, 8), weight, none[0], torch.zeros(4, dtype=torch.int64), none[1], 1.0, 0.0, False, 0, None,
-            torch.empty(64, dtype=torch.uint8), torch.empty(5, 4),
+            None, None, torch.empty(64, dtype=torch.uint8), torch.empty(5, 4),
         )  # fmt: skip
 
 
@@ -183,3 +183,84 @@ def test_other_instruction_sets(isa):
     tests = [f"{__file__}::{name}" for name in names]
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *tests], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
+
+
+# ---- skipping tiles --------------------------------------------------------------------------------------------------
+
+
+def peaked(n=192, d=32, v=4000, dtype=torch.float32):
+    """Rows whose probability sits on few entries, scattered over the vocabulary; entries by falling frequency."""
+    g = torch.Generator().manual_seed(3)
+    weight = torch.randn(v, d, generator=g)
+    frequent = torch.randperm(v, generator=g)
+    target = frequent[(torch.rand(n, generator=g) ** 3 * 300).long()]
+    hidden = 0.35 * weight[target] + 0.1 * torch.randn(n, d, generator=g)
+    hidden[:, 0], weight[:, 0], weight[frequent[400:], 0] = 1, 0, -12  # the rest is unlikely
+    return hidden.to(dtype), weight.to(dtype), target, frequent
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("budget", [None, 2 << 20], ids=["kept", "recomputed"])
+def test_skipped_tiles_cost_no_more_than_their_mass(dtype, budget):
+    hidden, weight, target, order = peaked(dtype=dtype)
+    truth_h, truth_w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logits = truth_h @ truth_w.T
+    logits.log_softmax(-1).gather(1, target[:, None]).sum().backward()
+    for mass in (1e-4, 1e-2):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = fastpost.linear_logprob(h, w, target, skip_mass=mass, vocab_order=order, memory_budget=budget)
+        exact = fastpost.linear_logprob(h, w, target, memory_budget=budget)
+        assert (out - exact).abs().max() < 1e-5  # the forward leaves nothing out
+        out.sum().backward()
+        lost = (h.grad.double() - truth_h.grad).norm(dim=1)
+        rounding = 0.0 if dtype == torch.float32 else 0.02
+        assert (lost <= mass * weight.double().norm(dim=1).max() + rounding * truth_h.grad.norm(dim=1) + 1e-5).all()
+        assert (w.grad.double() - truth_w.grad).norm() <= (10 * mass + rounding + 1e-5) * truth_w.grad.norm()
+
+
+def test_the_certificate_is_kept_and_tiles_are_skipped():
+    hidden, weight, target, order = peaked()
+    scored = torch.ones(len(target), dtype=torch.bool)
+    shares = []
+    for vocab_order in (None, order):
+        stats, kept = _fused.forward(
+            hidden, weight, None, target, None, 1.0, 0.0, False, 1 << 28, True, 1e-3, vocab_order
+        )
+        logprob, lse = torch.empty(2, len(target))
+        _core.linear_logprob_finish(stats, logprob, lse, None)
+        account = []
+        _fused.backward(hidden, weight, None, target, scored, scored, 1.0, 0.0, logprob, lse, None, kept,
+                        torch.ones(len(target)), None, [True, True, False], 1 << 28, None, 1e-3, vocab_order,
+                        account)  # fmt: skip
+        *dropped, share = account[0].tolist()
+        assert max(dropped) <= 1e-3
+        shares.append(share)
+    assert max(dropped) > 0 and shares[1] < 0.5 * shares[0] and shares[1] < 0.4, shares
+
+
+def test_order_alone_changes_nothing():
+    hidden, weight, target, order = peaked(n=70, v=700)
+    bias = torch.randn(700)
+    results = []
+    for vocab_order in (None, order):
+        h, w, b = (t.clone().requires_grad_() for t in (hidden, weight, bias))
+        out = fastpost.linear_logprob(h, w, target, bias=b, vocab_order=vocab_order)
+        out.sum().backward()
+        results.append((out.detach(), h.grad, w.grad, b.grad))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"skip_mass": 1.5}, "skip_mass: expected a probability in"),
+        ({"skip_mass": 1e-3, "softcap": 5.0}, "skip_mass: a softcap needs every logit. Leave it at 0"),
+        ({"skip_mass": 1e-3, "return_entropy": True}, "skip_mass: the entropy needs every logit"),
+        ({"vocab_order": torch.arange(19)}, r"vocab_order: expected int64 \[20\], got int64 \[19\]"),
+        ({"skip_mass": 1e-3, "vocab_order": torch.zeros(20, dtype=torch.int64)}, "vocab_order: expected each entry"),
+    ],
+)
+def test_what_cannot_be_skipped_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        fastpost.linear_logprob(torch.randn(4, 8), torch.randn(20, 8), torch.zeros(4, dtype=torch.int64), **options)

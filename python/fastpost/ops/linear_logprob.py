@@ -43,6 +43,8 @@ def linear_logprob(
     return_entropy: bool = False,
     memory_budget: int | None = None,
     batch_invariant: bool = False,
+    skip_mass: float = 0.0,
+    vocab_order: torch.Tensor | None = None,
     return_schedule: bool = False,
 ) -> torch.Tensor | tuple:
     """Log-probability of each target under ``softmax(z)``, where
@@ -71,6 +73,11 @@ def linear_logprob(
         batch_invariant: a row's log-prob, entropy and hidden gradient are the same bits whatever other rows there are,
             in whatever order, on however many threads. CPU only; where the fused kernels run by themselves (AVX-512 on
             AMD, AVX512-BF16 without AMX) it costs nothing and holds anyway.
+        skip_mass: opt-in approximation of the gradients (log-probs stay exact). In the backward, tiles of rows and
+            vocabulary entries are skipped whose probabilities a row can lose without losing more than this in all, 1e-3
+            say; never a target's. CPU only, where the fused kernels take the arguments; not with softcap or entropy.
+        vocab_order: [V] int64, a permutation: the order in which entries are cut into tiles. By falling frequency in
+            the data, most tiles hold nothing and skip_mass pays.
         return_schedule: also return, last, how this was computed and what it costs (counts the scored rows, for which
             the host waits on a GPU).
 
@@ -92,7 +99,7 @@ def linear_logprob(
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias, a, b))
     logprob, _, entropy, _ = _forward_op(
         hidden, weight, target, bias, a, b, temperature, softcap or 0.0, ignore_index, return_entropy, memory_budget,
-        keep, batch_invariant,
+        keep, batch_invariant, skip_mass, vocab_order,
     )  # fmt: skip
     outputs = (logprob, entropy) if return_entropy else (logprob,)
     if return_schedule:
@@ -158,17 +165,17 @@ def check(hidden, weight, target, bias, a, b, temperature, softcap, ignore_index
 
 
 def _forward(hidden, weight, target, bias, a, b, temperature, softcap, ignore_index, with_entropy, memory_budget, keep,
-             batch_invariant=False):  # fmt: skip
+             batch_invariant=False, skip_mass=0.0, vocab_order=None):  # fmt: skip
     check(hidden, weight, target, bias, a, b, temperature, softcap, ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
         outputs = _row_outputs(hidden, with_entropy)
         rows = scored_rows(target != ignore_index)
         n = len(target) if rows is None else len(rows)
         row_outputs = outputs if rows is None else [t.new_empty(min(len(t), n)) for t in outputs]
-        if n and _fused.usable(n, hidden, weight, a, memory_budget, batch_invariant):
-            stats, kept = _fused.forward(
-                hidden, weight, bias, target, rows, temperature, softcap, with_entropy, memory_budget, keep
-            )
+        _fused.check_skipping(hidden, weight, a, softcap, with_entropy, skip_mass, vocab_order)
+        if n and _fused.usable(n, hidden, weight, a, memory_budget, batch_invariant or skip_mass > 0):
+            stats, kept = _fused.forward(hidden, weight, bias, target, rows, temperature, softcap, with_entropy,
+                                         memory_budget, keep, skip_mass, vocab_order)  # fmt: skip
             blocks = [(0, n, stats)]
         else:
             p = forward_plan(n, hidden, weight, a, memory_budget)
@@ -193,7 +200,7 @@ def _row_outputs(hidden, with_entropy):
 
 
 def _forward_fake(hidden, weight, target, bias, a, b, temperature, softcap, ignore_index, with_entropy, memory_budget,
-                  keep, batch_invariant=False):  # fmt: skip
+                  keep, batch_invariant=False, skip_mass=0.0, vocab_order=None):  # fmt: skip
     # How many rows are scored, and so kept, is known only at run time.
     kept_rows = torch.library.get_ctx().new_dynamic_size() if keep else 0
     kept = hidden.new_empty(kept_rows, weight.shape[0], dtype=compute_dtype(hidden))
@@ -201,22 +208,25 @@ def _forward_fake(hidden, weight, target, bias, a, b, temperature, softcap, igno
 
 
 def _backward(hidden, weight, target, bias, a, b, temperature, softcap, ignore_index, memory_budget, logprob, lse,
-              entropy, kept, grad_logprob, grad_entropy, needs, batch_invariant=False):  # fmt: skip
+              entropy, kept, grad_logprob, grad_entropy, needs, batch_invariant=False, skip_mass=0.0,
+              vocab_order=None):  # fmt: skip
     with torch.autocast(hidden.device.type, enabled=False):
         # Rows of the forward, then those of them whose gradient is not zero.
         scored = target != ignore_index
         active = scored & ((grad_logprob != 0) if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0))
         n = int(scored.sum())
-        if n and _fused.usable(n, hidden, weight, a, memory_budget, batch_invariant):
+        if n and _fused.usable(n, hidden, weight, a, memory_budget, batch_invariant or skip_mass > 0):
             grads = _fused.backward(hidden, weight, bias, target, scored, active, temperature, softcap, logprob, lse,
-                                    entropy, kept, grad_logprob, grad_entropy, needs, memory_budget)  # fmt: skip
+                                    entropy, kept, grad_logprob, grad_entropy, needs, memory_budget, None, skip_mass,
+                                    vocab_order)  # fmt: skip
             return *grads, hidden.new_empty(0), hidden.new_empty(0)
         return Backward(hidden, weight, target, bias, a, b, temperature, softcap, scored, active, memory_budget,
                         logprob, lse, entropy, kept, grad_logprob, grad_entropy, needs).run()  # fmt: skip
 
 
 def _backward_fake(hidden, weight, target, bias, a, b, temperature, softcap, ignore_index, memory_budget, logprob, lse,
-                   entropy, kept, grad_logprob, grad_entropy, needs, batch_invariant=False):  # fmt: skip
+                   entropy, kept, grad_logprob, grad_entropy, needs, batch_invariant=False, skip_mass=0.0,
+                   vocab_order=None):  # fmt: skip
     return tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) if needed else hidden.new_empty(0)
         for t, needed in zip((hidden, weight, bias, a, b), needs)
@@ -225,14 +235,14 @@ def _backward_fake(hidden, weight, target, bias, a, b, temperature, softcap, ign
 
 def _setup_context(ctx, inputs, output):
     (*tensors, ctx.temperature, ctx.softcap, ctx.ignore_index, ctx.with_entropy, ctx.memory_budget, _,
-     ctx.batch_invariant) = inputs  # fmt: skip
+     ctx.batch_invariant, ctx.skip_mass, vocab_order) = inputs  # fmt: skip
     logprob, lse, entropy, kept = output
     ctx.mark_non_differentiable(lse, kept)
-    ctx.save_for_backward(*tensors, logprob, lse, entropy, kept)
+    ctx.save_for_backward(*tensors, logprob, lse, entropy, kept, vocab_order)
 
 
 def _autograd(ctx, grad_logprob, _grad_lse, grad_entropy, _grad_kept):
-    hidden, weight, target, bias, a, b, logprob, lse, entropy, kept = ctx.saved_tensors
+    hidden, weight, target, bias, a, b, logprob, lse, entropy, kept, vocab_order = ctx.saved_tensors
     needs_hidden, needs_weight, _, *rest = ctx.needs_input_grad[:6]
     needs = [needs_hidden, needs_weight, *rest]
     # Gradients arrive expanded (stride 0) from sums; kernels want rows in memory.
@@ -240,24 +250,24 @@ def _autograd(ctx, grad_logprob, _grad_lse, grad_entropy, _grad_kept):
     grads = _backward_op(
         hidden, weight, target, bias, a, b, ctx.temperature, ctx.softcap, ctx.ignore_index, ctx.memory_budget, logprob,
         lse, entropy if ctx.with_entropy else None, kept, grad_logprob, grad_entropy if ctx.with_entropy else None,
-        needs, ctx.batch_invariant,
+        needs, ctx.batch_invariant, ctx.skip_mass, vocab_order,
     )  # fmt: skip
     hidden, weight, bias, a, b = (g if needed else None for g, needed in zip(grads, needs))
-    return hidden, weight, None, bias, a, b, *[None] * 7
+    return hidden, weight, None, bias, a, b, *[None] * 9
 
 
 _backward_op = register(
     "linear_logprob_backward(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? a, Tensor? b, "
     "float temperature, float softcap, int ignore_index, int memory_budget, Tensor logprob, Tensor lse, "
     "Tensor? entropy, Tensor kept, Tensor grad_logprob, Tensor? grad_entropy, bool[] needs, "
-    "bool batch_invariant=False) "
+    "bool batch_invariant=False, float skip_mass=0.0, Tensor? vocab_order=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward, _backward_fake, _second_derivatives.autograd, _second_derivatives.setup_context,
 )  # fmt: skip
 _forward_op = register(
     "linear_logprob(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? a, Tensor? b, "
     "float temperature, float softcap, int ignore_index, bool with_entropy, int memory_budget, bool keep, "
-    "bool batch_invariant=False) "
+    "bool batch_invariant=False, float skip_mass=0.0, Tensor? vocab_order=None) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _forward, _forward_fake, _autograd, _setup_context,
 )  # fmt: skip
