@@ -139,7 +139,8 @@ def test_a_probe_may_fail_alone(monkeypatch, capsys):
 def test_gpu_advice():
     assert probes.gpus().keys() >= {"gpus"}
     for archs, capability, runs in [
-        ("80,90a", "8.0", True), ("80,90a", "8.6", True), ("80,90a", "9.0", True), ("80,90a", "10.0", False),
+        ("80,90a", "8.0", True), ("80,90a", "8.6", True), ("80,90a", "9.0", True), ("80,90a", "10.0", True),
+        ("80-real,90a-real", "8.6", True), ("80-real,90a-real", "10.0", False), ("80-real,90a-real", "9.0", True),
         ("80,90a", "7.5", False), ("86", "8.0", False), ("90a", "9.1", False), ("120", "12.0", True),
     ]:  # fmt: skip
         assert env.runs_on(archs, capability) is runs, (archs, capability)

@@ -25,7 +25,6 @@ if(FASTPOST_BUILD_CUDA)
   endif()
   enable_language(CUDA)
   string(REPLACE ";" "," FASTPOST_CUDA_BUILT "${FASTPOST_CUDA_ARCHITECTURES}")
-  string(REPLACE "-real" "" FASTPOST_CUDA_BUILT "${FASTPOST_CUDA_BUILT}")
   # Files named *_sm90.cu use instructions of sm_90a alone, through CUTLASS: each is compiled for nothing else.
   file(GLOB cuda_sources CONFIGURE_DEPENDS cuda/ops/*.cu)
   file(GLOB sm90_sources CONFIGURE_DEPENDS cuda/ops/*_sm90.cu)

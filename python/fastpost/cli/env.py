@@ -15,6 +15,7 @@ USAGE = "usage: fastpost env [--json]     versions, what was built, what was fou
 VARIABLES = {
     "FASTPOST_REFERENCE": "1 = every op runs through its plain-torch reference (slow)",
     "FASTPOST_ISA": "baseline, avx2, avx512 or avx512bf16 instead of the best that the CPU has",
+    "FASTPOST_CPU_GEMM": "fused or torch: whose matrix products linear_logprob uses on the CPU, whatever suits it best",
     "FASTPOST_TRACEBACK": "1 = the command shows a traceback instead of one sentence",
 }
 """Every variable that fastpost itself reads when it runs."""
@@ -79,11 +80,13 @@ def gpu_unused(report: dict) -> list[str]:
 
 
 def runs_on(architectures: str, capability: str) -> bool:
-    """Whether code for "80,90a" runs on a GPU "8.6": same major and no newer minor; with a letter, exactly that one."""
+    """Whether code for "80,90a-real" (CMake's spelling) runs on a GPU "8.6". A number alone brings PTX, which the driver
+    compiles for any newer GPU; -real: same major and no newer minor; with a letter: exactly that one."""
     major, minor = capability.split(".")
     for arch in architectures.split(","):
-        number, letter = re.fullmatch(r"(\d+)([a-z]?)", arch.strip()).groups()
-        if number[:-1] == major and (number[-1] == minor if letter else number[-1] <= minor):
+        number, letter, real = re.fullmatch(r"(\d+)([a-z]?)(-real)?", arch.strip()).groups()
+        same = number[:-1] == major and (number[-1] == minor if letter else number[-1] <= minor)
+        if same or not (letter or real) and int(number) <= int(major + minor):
             return True
     return False
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fastpost import _core
+from fastpost.ops import _hopper
 from fastpost.ops._register import USE_REFERENCE
 from fastpost.reference import linear_logprob as reference
 
@@ -78,9 +79,20 @@ def forward_plan(n: int, hidden, weight, a, budget: int) -> Plan:
     return plan(n, v, d, compute_dtype(hidden).itemsize, budget, width, width)
 
 
+def capturing(t: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being recorded. Nothing may then depend on values, so every row is computed."""
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def scored_rows(mask: torch.Tensor) -> torch.Tensor | None:
-    """Indices of True, or None when all are: then rows are taken as slices, without a copy."""
-    return None if bool(mask.all()) else mask.nonzero()[:, 0]
+    """Indices of True, or None when all are: then rows are taken as slices, without a copy. The host waits for a GPU
+    once, and not at all while a graph is recorded."""
+    if capturing(mask):
+        return None
+    rows, count = torch.empty(len(mask), dtype=torch.int64, device=mask.device), mask.new_empty(1, dtype=torch.int64)
+    _core.linear_logprob_rows(mask.long(), 0, None, None, rows, count)
+    n = int(count)
+    return None if n == len(mask) else rows[:n]
 
 
 def spans(begin: int, end: int, step: int) -> Iterator[tuple[int, int]]:
@@ -107,13 +119,25 @@ def row_statistics(
     the logits of the first k of them."""
     dtype, n, v = compute_dtype(hidden), len(target) if rows is None else len(rows), len(weight)
     bias = None if bias is None else bias.to(dtype)
-    tile = torch.empty(p.rows * p.cols if len(kept) < n else 0, dtype=dtype, device=hidden.device)
-    for begin, end in [*spans(0, len(kept), p.rows), *spans(len(kept), n, p.rows)]:
+    columns, step = _hopper.tile_columns(hidden, weight, a), p.rows
+    if columns:  # no tile, but partial statistics: up to 16 bytes for each row and tile of columns
+        kept, tile_max = _hopper.unpack(kept, columns)
+        step = max(1, p.rows * p.cols * dtype.itemsize // (16 * -(-v // columns)))
+    tile = torch.empty(p.rows * p.cols if len(kept) < n and not columns else 0, dtype=dtype, device=hidden.device)
+    for begin, end in [*spans(0, len(kept), step), *spans(len(kept), n, step)]:
         x, y = take(hidden, rows, begin, end).to(dtype), take(target, rows, begin, end)
         x_low = None if a is None else take(a, rows, begin, end).to(dtype)
         stats = torch.zeros(5, end - begin, dtype=sum_dtype(dtype), device=hidden.device)
         stats[0] = -torch.inf
         stats[4] = torch.nan  # stays where a target is in no slice (CUDA does not look at targets before)
+        if columns:
+            exponentials = kept[begin:end] if end <= len(kept) else None
+            maxima = _hopper.forward(x, weight, bias, y, 0, temperature, softcap, with_entropy, stats, exponentials,
+                                     columns)  # fmt: skip
+            if exponentials is not None:
+                tile_max[:, begin:end] = maxima
+            yield begin, end, stats
+            continue
         for v0, v1 in spans(0, v, p.cols):
             if end <= len(kept):
                 z = kept[begin:end, v0:v1]
@@ -138,14 +162,18 @@ class Backward:
 
     def __init__(self, hidden, weight, target, bias, a, b, temperature, softcap, scored, active, memory_budget, logprob,
                  lse, entropy, kept, grad_logprob, grad_entropy, needs):  # fmt: skip
-        self.hidden, self.weight, self.a, self.b, self.kept, self.needs = hidden, weight, a, b, kept, needs
+        self.hidden, self.weight, self.a, self.b, self.needs = hidden, weight, a, b, needs
+        self.columns = _hopper.tile_columns(hidden, weight, a)
+        self.kept, self.tile_max = _hopper.unpack(kept, self.columns) if self.columns else (kept, None)
+        kept = self.kept
         self.transform = temperature, softcap
         self.dtype = compute_dtype(hidden)
         self.bias = None if bias is None else bias.to(self.dtype)
         self.rows = scored_rows(active)
         per_row = (target, logprob, lse, entropy, grad_logprob, grad_entropy)
         self.per_row = [t if t is None or self.rows is None else t[self.rows] for t in per_row]
-        self.n, n_scored = len(self.per_row[0]), int(scored.sum())
+        self.n = len(self.per_row[0])
+        n_scored = self.n if capturing(scored) else int(scored.sum())
         # Which row of `kept` each active row is; None when row i is row i.
         self.place = None if self.n == n_scored else scored.cumsum(0)[self.rows] - 1
         self.n_kept = min(self.n, len(kept)) if self.place is None else int((self.place < len(kept)).sum())
@@ -153,6 +181,9 @@ class Backward:
         rank = 0 if a is None else a.shape[1]
         row_width, col_width = needs[0] * d + needs[3] * rank, needs[1] * d + needs[4] * rank
         self.plan = plan(self.n, v, d, self.dtype.itemsize, memory_budget, row_width, col_width)
+        if self.columns:  # slices begin where tiles do
+            cols = max(self.plan.cols // self.columns * self.columns, self.columns)
+            self.plan = replace(self.plan, cols=min(v, cols))
         self.tile = torch.empty(self.plan.rows * self.plan.cols, dtype=self.dtype, device=hidden.device)
 
     def run(self) -> tuple[torch.Tensor, ...]:
@@ -205,6 +236,8 @@ class Backward:
         """d loss / d logits of one tile, in self.tile until the next call."""
         (begin, end), (v0, v1) = block, cut
         grad = self.tile[: (end - begin) * (v1 - v0)].view(end - begin, v1 - v0)
+        if self.columns:
+            return self.grad_from_exponentials(block, cut, x, w, grad)
         if end > self.n_kept:
             logits = make_logits(x, w, x_low, w_low, grad)
         elif self.place is None:
@@ -218,6 +251,26 @@ class Backward:
         kernels(self.hidden).linear_logprob_tile_backward(
             logits, bias, target, v0, *self.transform, logprob, lse, entropy, grad_logprob, grad_entropy, grad
         )
+        return grad
+
+    def grad_from_exponentials(self, block, cut, x, w, grad):
+        (begin, end), (v0, v1) = block, cut
+        target, *of_rows = (None if t is None else t[begin:end] for t in self.per_row)
+        bias = None if self.bias is None else self.bias[v0:v1]
+        tiles = slice(v0 // self.columns, -(-v1 // self.columns))
+        exponentials = grad.view(torch.float16)
+        if end > self.n_kept:
+            stats = torch.zeros(5, end - begin, dtype=torch.float32, device=grad.device)  # of no interest any more
+            tile_max = _hopper.forward(
+                x, w, bias, target, v0, *self.transform, False, stats, exponentials, self.columns
+            )
+        elif self.place is None:
+            exponentials, tile_max = self.kept[begin:end, v0:v1], self.tile_max[tiles, begin:end]
+        else:
+            place = self.place[begin:end]
+            torch.index_select(self.kept[:, v0:v1], 0, place, out=exponentials)
+            tile_max = self.tile_max[tiles].index_select(1, place)
+        _core.linear_logprob_exponentials_backward(exponentials, tile_max, target, v0, *self.transform, *of_rows, grad)
         return grad
 
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 import torch
 
 from fastpost import _core
-from fastpost.ops import _fused, _second_derivatives
+from fastpost.ops import _fused, _hopper, _second_derivatives
 from fastpost.ops._register import USE_REFERENCE, expect_plain, register
 from fastpost.ops._schedule import schedule
 from fastpost.ops._tiles import (
     Backward,
+    capturing,
     compute_dtype,
     forward_plan,
     kernels,
@@ -169,7 +170,8 @@ def _forward(hidden, weight, target, bias, a, b, temperature, softcap, ignore_in
     check(hidden, weight, target, bias, a, b, temperature, softcap, ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
         outputs = _row_outputs(hidden, with_entropy)
-        rows = scored_rows(target != ignore_index)
+        scored = target != ignore_index
+        rows = scored_rows(scored)
         n = len(target) if rows is None else len(rows)
         row_outputs = outputs if rows is None else [t.new_empty(min(len(t), n)) for t in outputs]
         _fused.check_skipping(hidden, weight, a, softcap, with_entropy, skip_mass, vocab_order)
@@ -179,7 +181,12 @@ def _forward(hidden, weight, target, bias, a, b, temperature, softcap, ignore_in
             blocks = [(0, n, stats)]
         else:
             p = forward_plan(n, hidden, weight, a, memory_budget)
-            kept = torch.empty(p.kept if keep else 0, len(weight), dtype=compute_dtype(hidden), device=hidden.device)
+            if columns := _hopper.tile_columns(hidden, weight, a):
+                kept = _hopper.kept_like(hidden, p.kept if keep else 0, len(weight), columns)
+            else:
+                kept = torch.empty(
+                    p.kept if keep else 0, len(weight), dtype=compute_dtype(hidden), device=hidden.device
+                )
             blocks = row_statistics(
                 hidden, weight, target, bias, a, b, temperature, softcap, with_entropy, rows, p, kept
             )
@@ -190,6 +197,10 @@ def _forward(hidden, weight, target, bias, a, b, temperature, softcap, ignore_in
             for out, of_rows in zip(outputs, row_outputs):
                 if len(out):
                     out.zero_().index_copy_(0, rows, of_rows)
+        elif capturing(target):
+            for out in outputs:
+                if len(out):
+                    out.masked_fill_(~scored, 0)
     return *outputs, kept
 
 
@@ -213,8 +224,11 @@ def _backward(hidden, weight, target, bias, a, b, temperature, softcap, ignore_i
     with torch.autocast(hidden.device.type, enabled=False):
         # Rows of the forward, then those of them whose gradient is not zero.
         scored = target != ignore_index
+        if capturing(target):  # rows without a gradient stay, as zeros
+            grad_logprob = grad_logprob.masked_fill(~scored, 0)
+            grad_entropy = None if grad_entropy is None else grad_entropy.masked_fill(~scored, 0)
         active = scored & ((grad_logprob != 0) if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0))
-        n = int(scored.sum())
+        n = len(target) if capturing(target) else int(scored.sum())
         if n and _fused.usable(n, hidden, weight, a, memory_budget, batch_invariant or skip_mass > 0):
             grads = _fused.backward(hidden, weight, bias, target, scored, active, temperature, softcap, logprob, lse,
                                     entropy, kept, grad_logprob, grad_entropy, needs, memory_budget, None, skip_mass,
