@@ -80,13 +80,13 @@ def gpu_unused(report: dict) -> list[str]:
 
 
 def runs_on(architectures: str, capability: str) -> bool:
-    """Whether code for "80,90a-real" (CMake's spelling) runs on a GPU "8.6". A number alone brings PTX, which the driver
-    compiles for any newer GPU; -real: same major and no newer minor; with a letter: exactly that one."""
+    """Whether code for "80,90a-real" (CMake's spelling) runs on a GPU "8.6". A number alone brings PTX, which the
+    driver compiles for any newer GPU; -real: same major and no newer minor; with a letter: exactly that one."""
     major, minor = capability.split(".")
     for arch in architectures.split(","):
         number, letter, real = re.fullmatch(r"(\d+)([a-z]?)(-real)?", arch.strip()).groups()
         same = number[:-1] == major and (number[-1] == minor if letter else number[-1] <= minor)
-        if same or not (letter or real) and int(number) <= int(major + minor):
+        if same or (not (letter or real) and int(number) <= int(major + minor)):
             return True
     return False
 
