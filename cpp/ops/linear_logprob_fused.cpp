@@ -88,7 +88,7 @@ struct BackwardSpace {
   float *grad_hidden, *rows;                     // [padded_n][padded_d]; logprob, lse, entropy, g, h, each [padded_n]
   uint32_t *weights, *along, *by_row, *by_pair;  // of one slot after the other
   uint8_t* alive;  // [blocks][panels]: tiles that are not skipped; then [panels]: whose rows were all kept
-  float* masses;                                 // [slots][blocks]: of one row, to be sorted
+  float* masses;   // [slots][blocks]: of one row, to be sorted
 
   BackwardSpace(Arena& a, const Shape& s, int64_t slots, bool recompute, bool hidden, bool weight)
       : x_across(a.take<uint32_t>(recompute ? s.panels * s.steps * s.lanes : 0)),
@@ -368,8 +368,8 @@ void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Te
   };
   bool recompute = false;
   for (int64_t p = 0; p < s.panels && !recompute; ++p) recompute = !is_kept(p);
-  const auto [space, slots] = take_space<BackwardSpace>(op, workspace, s, s.blocks, recompute, grad_hidden.defined(),
-                                                        grad_weight.defined());
+  const auto [space, slots] =
+      take_space<BackwardSpace>(op, workspace, s, s.blocks, recompute, grad_hidden.defined(), grad_weight.defined());
   uint8_t* kept_panel = space.alive + s.blocks * s.panels;
   for (int64_t p = 0; p < s.panels; ++p) kept_panel[p] = is_kept(p);
   const FusedKernels& k = fused_kernels();
