@@ -7,7 +7,6 @@
 
 #include "bind/tensor_caster.h"
 #include "core/build_info.h"
-#include "core/large_pages.h"
 #include "core/parallel.h"
 #include "ops.h"
 
@@ -49,7 +48,6 @@ void empty_op(fastpost::Tensor, fastpost::Tensor, fastpost::Tensor, fastpost::Te
 
 NB_MODULE(_core, m) {
   m.def("build_info", &fastpost::build_info);
-  m.def("use_large_pages", &fastpost::use_large_pages);
   def_op(m, "empty_op", &empty_op);  // measures the boundary: python -m bench boundary
 
   def_op(m, "token_logprob", &fastpost::token_logprob);

@@ -61,17 +61,6 @@ def check_skipping(hidden, weight, a, softcap, with_entropy, skip_mass, order) -
         raise ValueError("[linear_logprob] vocab_order: expected each entry of the vocabulary once.")
 
 
-LARGE = 8 << 20  # bytes from which a buffer asks for large pages: a quarter of the page faults of a training step
-
-
-def _empty(*shape, dtype) -> torch.Tensor:
-    """Fresh memory that the core will fill."""
-    t = torch.empty(*shape, dtype=dtype)
-    if t.nbytes >= LARGE:
-        _core.use_large_pages(t)
-    return t
-
-
 def _workspace(room: int, which: int, *shape) -> torch.Tensor:
     """For all threads if there is room, else for one or more."""
     *shape, ordered = shape
@@ -100,7 +89,7 @@ class _Kept:
 
     def make(self, rows: int) -> torch.Tensor:
         elements = _core.linear_logprob_fused_kept(self.weight, rows, 1 << 62)[1]
-        return _empty(self.head + -(-elements // len(self.weight)), len(self.weight), dtype=self.dtype)
+        return torch.empty(self.head + -(-elements // len(self.weight)), len(self.weight), dtype=self.dtype)
 
     def parts(self, kept):
         """(log-masses or None, the rest, how many rows that holds)."""
@@ -153,7 +142,7 @@ def backward(hidden, weight, bias, target, scored, active, temperature, softcap,
     def result(like, needed, every):
         if not needed:
             return hidden.new_empty(0)
-        return _empty(like.shape, dtype=like.dtype) if every else torch.zeros(like.shape, dtype=like.dtype)
+        return torch.empty(like.shape, dtype=like.dtype) if every else torch.zeros(like.shape, dtype=like.dtype)
 
     grad_hidden = result(hidden, needs[0], n == len(target) and n)
     grad_weight = result(weight, needs[1], n) if weight_sum is None else weight_sum
