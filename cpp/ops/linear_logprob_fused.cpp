@@ -56,6 +56,7 @@ struct Shape {
   int64_t begin(int64_t b) const { return b * block; }
   int64_t entry(int64_t place) const { return order ? order[place] : place; }
   int64_t rows_of(int64_t b) const { return b + 1 < blocks ? block : v - b * block; }
+  int64_t rows_in_panel(int64_t p) const { return n - p * lanes < lanes ? n - p * lanes : lanes; }
   // Words of a block along the vocabulary.
   int64_t block_steps(int64_t rows) const { return pairs ? (rows + 1) / 2 : rows; }
 };
@@ -111,9 +112,11 @@ struct Kept {
   int64_t n = 0;
   char* values = nullptr;
   float* maxima = nullptr;
+  DType dtype = DType::Float32;
   int64_t size = 4;
   Kept() = default;
-  Kept(const Tensor& t, const Shape& s, int64_t rows) : n(rows), values(t.ptr<char>()), size(itemsize(t.dtype)) {
+  Kept(const Tensor& t, const Shape& s, int64_t rows)
+      : n(rows), values(t.ptr<char>()), dtype(t.dtype), size(itemsize(t.dtype)) {
     maxima = reinterpret_cast<float*>(values + s.v * n * size);
   }
   static int64_t bytes(const Shape& s, int64_t rows, int64_t size) { return s.v * rows * size + s.blocks * rows * 4; }
@@ -163,6 +166,19 @@ int64_t expect_operands(const char* op, const Tensor& hidden, const Tensor& weig
   expect_optional(op, "rows", rows, {DType::Int64}, {kAny}, Layout::Contiguous, &hidden);
   expect_transform(op, temperature, softcap);
   return rows.defined() ? rows.size(0) : hidden.size(0);
+}
+
+// Rows of hidden as panels whose lanes are rows.
+void pack_hidden(const Shape& s, const Tensor& hidden, const Tensor& rows, uint32_t* out) {
+  const int64_t* index = index_of(rows);
+  parallel_for(s.panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t first = p * s.lanes;
+      fused_kernels().pack_across(hidden.dtype, s.pairs, index ? hidden.ptr<char>() : hidden.row(first),
+                                  row_bytes(hidden), index ? index + first : nullptr, s.rows_in_panel(p), s.d,
+                                  out + p * s.steps * s.lanes);
+    }
+  });
 }
 
 // The space for as many slots as there are threads and pieces of work, or as many as the workspace has room for.
@@ -249,7 +265,7 @@ std::pair<int64_t, int64_t> linear_logprob_fused_tiles(Tensor weight, int64_t ro
 
 std::pair<int64_t, int64_t> linear_logprob_fused_kept(Tensor weight, int64_t rows, int64_t budget) {
   const Shape s(rows, weight);
-  const int64_t size = itemsize(weight.dtype) == 2 && weight.dtype == DType::BFloat16 ? 2 : 4;
+  const int64_t size = weight.dtype == DType::BFloat16 ? 2 : 4;
   int64_t panels = s.panels;
   while (panels > 0 && Kept::bytes(s, panels * s.lanes, size) > budget) {
     panels = panels > 64 ? budget / Kept::bytes(s, s.lanes, size) : panels - 1;
@@ -272,14 +288,7 @@ void linear_logprob_fused(Tensor hidden, Tensor weight, Tensor bias, Tensor targ
   const FusedKernels& k = fused_kernels();
   const LogitTransform transform{1.0f / temperature, softcap};
 
-  parallel_for(s.panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t first = p * s.lanes, count = n - first < s.lanes ? n - first : s.lanes;
-      const int64_t* index = index_of(rows);
-      k.pack_across(hidden.dtype, s.pairs, index ? hidden.ptr<char>() : hidden.row(first), row_bytes(hidden),
-                    index ? index + first : nullptr, count, s.d, space.x + p * s.steps * s.lanes);
-    }
-  });
+  pack_hidden(s, hidden, rows, space.x);
   parallel_for(slots, 1, [&](int64_t slot_begin, int64_t slot_end) {
     alignas(64) float z[kMaxBlock * kMaxLanes], of_block[4 * kMaxLanes];
     for (int64_t slot = slot_begin; slot < slot_end; ++slot) {
@@ -298,8 +307,8 @@ void linear_logprob_fused(Tensor hidden, Tensor weight, Tensor bias, Tensor targ
             const int64_t first = p * s.lanes;
             k.multiply(s.pairs, w.words, w.row, 1, vb, space.x + p * s.steps * s.lanes, s.steps, z, s.lanes, false);
             const bool keeps = first < keep.n;
-            k.statistics(z, vb, block_biases, transform, with_entropy, of_block,
-                         keep.size == 2 ? DType::BFloat16 : DType::Float32, keeps ? keep.tile(s, b, p) : nullptr);
+            k.statistics(z, vb, block_biases, transform, with_entropy, of_block, keep.dtype,
+                         keeps ? keep.tile(s, b, p) : nullptr);
             if (keeps) std::memcpy(keep.maximum(b, first), of_block, s.lanes * sizeof(float));
             for (int64_t l = 0; log_masses.defined() && l < s.lanes; ++l) {
               log_masses.ptr<float>()[b * s.padded_n + first + l] =
@@ -391,13 +400,7 @@ void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Te
                          h ? r + 4 * s.padded_n : nullptr};
   };
   if (recompute) {
-    parallel_for(s.panels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        const int64_t first = p * s.lanes, count = n - first < s.lanes ? n - first : s.lanes;
-        k.pack_across(hidden.dtype, s.pairs, index ? hidden.ptr<char>() : hidden.row(first), row_bytes(hidden),
-                      index ? index + first : nullptr, count, s.d, space.x_across + p * s.steps * s.lanes);
-      }
-    });
+    pack_hidden(s, hidden, rows, space.x_across);
   }
   if (grad_weight.defined()) {
     // Rows that are only padding: their steps must be zero.
@@ -451,9 +454,8 @@ void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Te
               offset[l] = old / s.lanes * vb * s.lanes + old % s.lanes;
               maxima[l] = *keep.maximum(b, old);
             }
-            k.derivative_of_kept(keep.size == 2 ? DType::BFloat16 : DType::Float32, keep.tile(s, b, place ? 0 : p),
-                                 place ? offset : nullptr, place ? maxima : keep.maximum(b, first), vb, transform, grad,
-                                 z);
+            k.derivative_of_kept(keep.dtype, keep.tile(s, b, place ? 0 : p), place ? offset : nullptr,
+                                 place ? maxima : keep.maximum(b, first), vb, transform, grad, z);
           } else {
             k.multiply(s.pairs, w.words, w.row, 1, vb, space.x_across + p * s.steps * s.lanes, s.steps, z, s.lanes,
                        false);
@@ -526,8 +528,7 @@ void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Te
       parallel_for(s.panels, 1, [&](int64_t begin, int64_t end) {
         for (int64_t slot = 0; slot < active; ++slot) {
           for (int64_t p = begin; p < end; ++p) {
-            const int64_t first = p * s.lanes, count = n - first < s.lanes ? n - first : s.lanes;
-            if (!skipped(round + slot, p)) add_hidden(slot, first, count);
+            if (!skipped(round + slot, p)) add_hidden(slot, p * s.lanes, s.rows_in_panel(p));
           }
         }
       });

@@ -61,11 +61,11 @@ def check_skipping(hidden, weight, a, softcap, with_entropy, skip_mass, order) -
         raise ValueError("[linear_logprob] vocab_order: expected each entry of the vocabulary once.")
 
 
-def _workspace(room: int, which: int, *shape) -> torch.Tensor:
-    """For all threads if there is room, else for one or more."""
-    *shape, ordered = shape
+def _workspace(room: int, which: int, weight, n, hidden, weights, recompute, ordered) -> torch.Tensor:
+    """Of the forward (which = 0) or the backward (1): for all threads if there is room, else for one or more."""
     one, every = (
-        _core.linear_logprob_fused_bytes(*shape, threads, ordered)[which] for threads in (1, torch.get_num_threads())
+        _core.linear_logprob_fused_bytes(weight, n, hidden, weights, recompute, threads, ordered)[which]
+        for threads in (1, torch.get_num_threads())
     )
     return torch.empty(max(one, min(every, room)), dtype=torch.uint8)
 

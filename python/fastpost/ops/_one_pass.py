@@ -16,6 +16,12 @@ import torch
 from fastpost import _core, objectives
 from fastpost.ops import _fused
 from fastpost.ops._register import register
+from fastpost.ops._tiles import scored_rows
+
+
+def is_paired(kind: int) -> bool:
+    """Whether a compiled objective takes sequences two by two."""
+    return objectives.ALL[objectives.KINDS[kind].partition("_")[0]].paired
 
 
 def too_many_rows(hidden, weight, target, budget: int) -> bool:
@@ -55,7 +61,7 @@ def pieces(hidden, weight, target, cu_seqlens, paired: bool, ignore_index: int, 
 
 def _forward(hidden, weight, target, cu_seqlens, bias, reference, previous, reward, kl, kind, params, temperature,
              ignore_index, budget, count_tokens, needs):  # fmt: skip
-    paired = objectives.ALL[objectives.KINDS[kind].partition("_")[0]].paired
+    paired = is_paired(kind)
     cuts = pieces(hidden, weight, target, cu_seqlens, paired, ignore_index, budget, needs[1])
     loss, losses, sums, length, rewards, grad_hidden, grad_weight, grad_bias = _forward_fake(
         hidden, weight, target, cu_seqlens, bias, reference, previous, reward, kl, kind, params, temperature,
@@ -70,7 +76,7 @@ def _forward(hidden, weight, target, cu_seqlens, bias, reference, previous, rewa
         groups = slice(first // 2, last // 2) if paired else sequences
         x, y = hidden[tokens], target[tokens]
         scored = y != ignore_index
-        rows = None if bool(scored.all()) else scored.nonzero()[:, 0]
+        rows = scored_rows(scored)
         stats, kept = _fused.forward(x, weight, bias, y, rows, temperature, 0.0, False, room, True)
         of_rows = torch.empty(2, stats.shape[1], dtype=torch.float32)
         _core.linear_logprob_finish(stats, of_rows[0], of_rows[1], None)
@@ -106,7 +112,7 @@ def _count(length, losses, count_tokens):
 def _forward_fake(hidden, weight, target, cu_seqlens, bias, reference, previous, reward, kl, kind, params, temperature,
                   ignore_index, budget, count_tokens, needs):  # fmt: skip
     s = cu_seqlens.numel() - 1
-    paired = objectives.ALL[objectives.KINDS[kind].partition("_")[0]].paired
+    paired = is_paired(kind)
 
     def new(*shape, dtype=torch.float32):
         return hidden.new_empty(shape, dtype=dtype)

@@ -55,6 +55,16 @@ def expect_plain(op: str, **tensors: torch.Tensor | None) -> None:
         device = tensor.device
 
 
+def scalar(op: str, argument: str, value, like: torch.Tensor) -> torch.Tensor | None:
+    """A number or one-element tensor as a tensor [] in the dtype of `like`, without a gradient; None stays None."""
+    if not isinstance(value, torch.Tensor):
+        return None if value is None else like.new_full((), value)
+    expect_plain(op, logprob=like, **{argument: value})
+    if value.numel() != 1:
+        raise ValueError(f"[{op}] {argument}: expected a number or one element, got shape {list(value.shape)}.")
+    return value.detach().to(like.dtype).reshape(())
+
+
 def contiguous_float(grad: torch.Tensor | None) -> torch.Tensor | None:
     """Gradients arrive expanded (stride 0) from sums; kernels want float32 rows in memory."""
     return None if grad is None else grad.to(torch.float32).contiguous()

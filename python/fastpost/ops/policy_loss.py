@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from fastpost import _core, objectives
-from fastpost.ops._register import USE_REFERENCE, expect_plain, register
+from fastpost.ops._register import USE_REFERENCE, expect_plain, register, scalar
 from fastpost.ops.linear_logprob import linear_logprob
 from fastpost.reference import policy_loss as reference
 from fastpost.reference.policy_loss import PolicyOutput
@@ -106,15 +106,7 @@ def policy_loss_from_logprob(
     if core is None:
         return reference.policy_loss_from_logprob(logprob, target, cu_seqlens, objective, **columns,
                                                   num_items=num_items, ignore_index=ignore_index)  # fmt: skip
-    if isinstance(num_items, torch.Tensor):
-        expect_plain("policy_loss", logprob=logprob, num_items=num_items)
-        if num_items.numel() != 1:
-            raise ValueError(
-                f"[policy_loss] num_items: expected a number or one element, got shape {list(num_items.shape)}."
-            )
-        num_items = num_items.detach().to(logprob.dtype).reshape(())
-    elif num_items is not None:
-        num_items = logprob.new_full((), num_items)
+    num_items = scalar("policy_loss", "num_items", num_items, logprob)
     columns = [None if x is None else x.detach() for x in columns.values()]
     loss, losses, length, _, _, metrics, _ = _forward_op(
         logprob, target, cu_seqlens, ignore_index, *core, *columns, num_items

@@ -13,7 +13,7 @@ import torch
 
 from fastpost import _core, objectives
 from fastpost.ops import _one_pass
-from fastpost.ops._register import USE_REFERENCE, expect_plain, register
+from fastpost.ops._register import USE_REFERENCE, expect_plain, register, scalar
 from fastpost.ops._schedule import Schedule, schedule
 from fastpost.ops.linear_logprob import autocast, check, expect_budget, linear_logprob
 from fastpost.reference import preference_loss as reference
@@ -101,7 +101,7 @@ def schedule_of(hidden, weight, target, cu_seqlens, objective, *, low_rank=None,
         hidden, weight, target, needs=[torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)],
         budget=expect_budget("linear_logprob", memory_budget), a=None if low_rank is None else low_rank[0],
         ignore_index=ignore_index, keeps=not softcap, cu_seqlens=None if core is None else cu_seqlens,
-        paired=core is not None and _is_paired(core[0]),
+        paired=core is not None and _one_pass.is_paired(core[0]),
     )  # fmt: skip
 
 
@@ -134,21 +134,12 @@ def preference_loss_from_logprob(
         kind, params = objectives.SFT().core()
         _, _, sums, length, _, _ = _forward_op(logprob, target, cu_seqlens, ignore_index, kind, params, *[None] * 4)
         return reference.evaluate(objective, sums, length, **columns, kl=kl)
-    kl = _scalar(kl, logprob)
+    kl = scalar("preference_loss", "kl", kl, logprob)
     kind, params = core
     loss, losses, sums, length, rewards, _ = _forward_op(
         logprob, target, cu_seqlens, ignore_index, kind, params, reference_logprob, previous_logprob, reward, kl
     )
     return PreferenceOutput(loss, losses, sums, rewards, length)
-
-
-def _scalar(kl, logprob):
-    if isinstance(kl, torch.Tensor):
-        expect_plain("preference_loss", logprob=logprob, kl=kl)
-        if kl.numel() != 1:
-            raise ValueError(f"[preference_loss] kl: expected a number or one element, got shape {list(kl.shape)}.")
-        return kl.detach().to(logprob.dtype).reshape(())
-    return None if kl is None else logprob.new_full((), kl)
 
 
 def _in_one_pass(hidden, weight, target, cu_seqlens, objective, reference_logprob, previous_logprob, reward, kl, bias,
@@ -167,9 +158,9 @@ def _in_one_pass(hidden, weight, target, cu_seqlens, objective, reference_logpro
         return None
     # Every argument is judged before the batch is cut, by the checks of the two ops that this stands for.
     check(hidden, weight, target, bias, None, None, temperature, 0.0, ignore_index)
-    kl = _scalar(kl, torch.empty(0))
+    kl = scalar("preference_loss", "kl", kl, torch.empty(0))
     _forward(torch.zeros(len(target)), target, cu_seqlens, ignore_index, *core, *columns.values(), kl)
-    paired, tokens = _is_paired(core[0]), objective.unit == "token"
+    paired, tokens = _one_pass.is_paired(core[0]), objective.unit == "token"
     if _one_pass.pieces(hidden, weight, target, cu_seqlens, paired, ignore_index, budget, needs[1]) is None:
         return None
     loss, losses, sums, length, rewards, *_ = _one_pass.one_pass(
@@ -188,13 +179,9 @@ def _forward(logprob, target, cu_seqlens, ignore_index, kind, params, reference_
 
 def _forward_fake(logprob, target, cu_seqlens, ignore_index, kind, *_):
     s = max(cu_seqlens.numel() - 1, 0)
-    groups = s // 2 if _is_paired(kind) else s
+    groups = s // 2 if _one_pass.is_paired(kind) else s
     new = logprob.new_empty
     return new(()), new(groups), new(s), new(s, dtype=torch.int32), new(s), new(s)
-
-
-def _is_paired(kind):
-    return objectives.ALL[objectives.KINDS[kind].partition("_")[0]].paired
 
 
 def _backward(target, cu_seqlens, ignore_index, kind, length, derivative, grad_loss, grad_losses, grad_sums):
