@@ -56,7 +56,8 @@ struct Shape {
   int64_t begin(int64_t b) const { return b * block; }
   int64_t entry(int64_t place) const { return order ? order[place] : place; }
   int64_t rows_of(int64_t b) const { return b + 1 < blocks ? block : v - b * block; }
-  int64_t rows_in_panel(int64_t p) const { return n - p * lanes < lanes ? n - p * lanes : lanes; }
+  int64_t rows_in_panel(int64_t p) const { return std::min(n - p * lanes, lanes); }
+  int64_t columns_in_panel(int64_t p) const { return std::min(d - p * lanes, lanes); }
   // Words of a block along the vocabulary.
   int64_t block_steps(int64_t rows) const { return pairs ? (rows + 1) / 2 : rows; }
 };
@@ -290,7 +291,7 @@ void linear_logprob_fused(Tensor hidden, Tensor weight, Tensor bias, Tensor targ
 
   pack_hidden(s, hidden, rows, space.x);
   parallel_for(slots, 1, [&](int64_t slot_begin, int64_t slot_end) {
-    alignas(64) float z[kMaxBlock * kMaxLanes], of_block[4 * kMaxLanes];
+    alignas(64) float z[kMaxBlock * kMaxLanes], of_block[4 * kMaxLanes] = {};
     for (int64_t slot = slot_begin; slot < slot_end; ++slot) {
       for (int64_t g = slot * kSegments / slots; g < (slot + 1) * kSegments / slots; ++g) {
         float* running = space.statistics + g * 5 * s.padded_n;
@@ -305,9 +306,11 @@ void linear_logprob_fused(Tensor hidden, Tensor weight, Tensor bias, Tensor targ
           const float* block_biases = block_bias(bias, v0);
           for (int64_t p = 0; p < s.panels; ++p) {
             const int64_t first = p * s.lanes;
-            k.multiply(s.pairs, w.words, w.row, 1, vb, space.x + p * s.steps * s.lanes, s.steps, z, s.lanes, false);
+            const int64_t used = s.rows_in_panel(p);
+            k.multiply(s.pairs, w.words, w.row, 1, vb, space.x + p * s.steps * s.lanes, s.steps, used, z, s.lanes,
+                       false);
             const bool keeps = first < keep.n;
-            k.statistics(z, vb, block_biases, transform, with_entropy, of_block, keep.dtype,
+            k.statistics(z, vb, used, block_biases, transform, with_entropy, of_block, keep.dtype,
                          keeps ? keep.tile(s, b, p) : nullptr);
             if (keeps) std::memcpy(keep.maximum(b, first), of_block, s.lanes * sizeof(float));
             for (int64_t l = 0; log_masses.defined() && l < s.lanes; ++l) {
@@ -402,13 +405,8 @@ void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Te
   if (recompute) {
     pack_hidden(s, hidden, rows, space.x_across);
   }
+  const int64_t real = s.pairs ? (n + 1) / 2 : n;  // steps along the rows that are not only padding
   if (grad_weight.defined()) {
-    // Rows that are only padding: their steps must be zero.
-    const int64_t real = s.pairs ? (n + 1) / 2 : n;
-    for (int64_t p = 0; p < s.d_panels; ++p) {
-      uint32_t* panel = space.x_along + p * s.row_steps * s.lanes;
-      std::memset(panel + real * s.lanes, 0, (s.row_steps - real) * s.lanes * sizeof(uint32_t));
-    }
     k.pack_along(hidden.dtype, s.pairs, hidden.ptr<char>(), row_bytes(hidden), index, n, s.d, s.row_steps,
                  space.x_along);
   }
@@ -434,7 +432,7 @@ void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Te
         const float* block_biases = block_bias(bias, v0);
         std::memset(bias_sums, 0, sizeof bias_sums);
         for (int64_t p = 0; p < s.panels; ++p) {
-          const int64_t first = p * s.lanes;
+          const int64_t first = p * s.lanes, used = s.rows_in_panel(p);
           if (skipped(b, p)) continue;
           const PanelGradient grad = panel_gradient(first);
           struct {
@@ -455,15 +453,15 @@ void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Te
               maxima[l] = *keep.maximum(b, old);
             }
             k.derivative_of_kept(keep.dtype, keep.tile(s, b, place ? 0 : p), place ? offset : nullptr,
-                                 place ? maxima : keep.maximum(b, first), vb, transform, grad, z);
+                                 place ? maxima : keep.maximum(b, first), vb, used, transform, grad, z);
           } else {
-            k.multiply(s.pairs, w.words, w.row, 1, vb, space.x_across + p * s.steps * s.lanes, s.steps, z, s.lanes,
-                       false);
+            k.multiply(s.pairs, w.words, w.row, 1, vb, space.x_across + p * s.steps * s.lanes, s.steps, used, z,
+                       s.lanes, false);
             for (int i = 0; i < found; ++i) {
               targets[i].raw = z[targets[i].row * s.lanes + targets[i].lane];
               if (block_biases) targets[i].raw += block_biases[targets[i].row];
             }
-            k.derivative(z, vb, block_biases, transform, grad);
+            k.derivative(z, vb, used, block_biases, transform, grad);
           }
           for (int i = 0; i < found; ++i) {  // 1 - p cancels when p is near 1, and -expm1(log p) does not
             const int64_t l = targets[i].lane;
@@ -478,7 +476,7 @@ void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Te
             z[targets[i].row * s.lanes + l] = d * transform.inverse_temperature;
           }
           const int64_t row_first = s.pairs ? first / 2 : first;
-          k.write_gradient(s.pairs, z, vb, by_row + row_first, s.row_words, by_pair ? by_pair + first : nullptr,
+          k.write_gradient(s.pairs, z, vb, used, by_row + row_first, s.row_words, by_pair ? by_pair + first : nullptr,
                            s.pair_words, grad_bias.defined() ? bias_sums : nullptr);
         }
         for (int64_t i = 0; grad_bias.defined() && i < vb; ++i) grad_bias.ptr<float>()[s.entry(v0 + i)] = bias_sums[i];
@@ -489,10 +487,10 @@ void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Te
               for (to = from + 1; to < s.panels && skipped(b, to) == skipped(b, from); ++to) {
               }
               if (skipped(b, from)) continue;
-              const int64_t steps = s.row_steps / s.panels;
-              k.multiply(s.pairs, by_row + from * steps, s.row_words, 1, vb,
-                         space.x_along + (p * s.row_steps + from * steps) * s.lanes, (to - from) * steps, z, s.lanes,
-                         add);
+              const int64_t steps = s.row_steps / s.panels, begin = from * steps, end = std::min(to * steps, real);
+              k.multiply(s.pairs, by_row + begin, s.row_words, 1, vb,
+                         space.x_along + (p * s.row_steps + begin) * s.lanes, end - begin, s.columns_in_panel(p), z,
+                         s.lanes, add);
               add = true;
             }
             if (!add) std::memset(z, 0, vb * s.lanes * sizeof(float));
@@ -521,7 +519,7 @@ void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Te
       const uint32_t* w = space.along + slot * BackwardSpace::along_words(s);
       for (int64_t p = 0; p < s.d_panels; ++p) {
         k.multiply(s.pairs, a + first, 1, s.pairs ? s.pair_words : s.row_words, count, w + p * steps * s.lanes, steps,
-                   space.grad_hidden + first * s.padded_d + p * s.lanes, s.padded_d, true);
+                   s.columns_in_panel(p), space.grad_hidden + first * s.padded_d + p * s.lanes, s.padded_d, true);
       }
     };
     if (skips) {

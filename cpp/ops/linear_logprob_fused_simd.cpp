@@ -24,7 +24,7 @@ constexpr bool kPairs = true;
 constexpr bool kPairs = false;
 #endif
 
-template <bool Pairs>
+template <bool Pairs, int Vectors>
 void multiply_words(const uint32_t* a, int64_t a_row, int64_t a_step, int64_t rows, const uint32_t* b, int64_t steps,
                     float* c, int64_t c_row, bool add) {
   for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
@@ -33,41 +33,41 @@ void multiply_words(const uint32_t* a, int64_t a_row, int64_t a_step, int64_t ro
     for (int r = 0; r < kRows; ++r) a_of[r] = a + (r0 + (r < n ? r : n - 1)) * a_row;  // the last row again, unused
     if (add) {  // rows of c are pages apart: too far for the hardware to see them coming
       for (int r = 0; r < n; ++r) {
-        for (int j = 0; j < kLanes; j += 16) __builtin_prefetch(c + (r0 + r) * c_row + j, 1);
+        for (int j = 0; j < Vectors * kWidth; j += 16) __builtin_prefetch(c + (r0 + r) * c_row + j, 1);
       }
     }
-    F32 sum[kRows][kVectors];
+    F32 sum[kRows][Vectors];
     for (int r = 0; r < kRows; ++r) {
-      for (int j = 0; j < kVectors; ++j) sum[r][j] = broadcast(0.0f);
+      for (int j = 0; j < Vectors; ++j) sum[r][j] = broadcast(0.0f);
     }
     const uint32_t* bk = b;
     for (int64_t k = 0, at = 0; k < steps; ++k, at += a_step, bk += kLanes) {
 #if defined(__AVX512BF16__)
       if constexpr (Pairs) {
-        __m512bh lanes[kVectors];
+        __m512bh lanes[Vectors];
 #pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) lanes[j] = (__m512bh)_mm512_loadu_si512(bk + j * kWidth);
+        for (int j = 0; j < Vectors; ++j) lanes[j] = (__m512bh)_mm512_loadu_si512(bk + j * kWidth);
 #pragma GCC unroll 6
         for (int r = 0; r < kRows; ++r) {
           const __m512bh pair = (__m512bh)_mm512_set1_epi32(static_cast<int>(a_of[r][at]));
 #pragma GCC unroll 4
-          for (int j = 0; j < kVectors; ++j) sum[r][j].v = _mm512_dpbf16_ps(sum[r][j].v, pair, lanes[j]);
+          for (int j = 0; j < Vectors; ++j) sum[r][j].v = _mm512_dpbf16_ps(sum[r][j].v, pair, lanes[j]);
         }
         continue;
       }
 #endif
-      F32 lanes[kVectors];
+      F32 lanes[Vectors];
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) lanes[j] = load(reinterpret_cast<const float*>(bk + j * kWidth));
+      for (int j = 0; j < Vectors; ++j) lanes[j] = load(reinterpret_cast<const float*>(bk + j * kWidth));
 #pragma GCC unroll 6
       for (int r = 0; r < kRows; ++r) {
         const F32 x = broadcast(reinterpret_cast<const float*>(a_of[r])[at]);
 #pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) sum[r][j] = fma(x, lanes[j], sum[r][j]);
+        for (int j = 0; j < Vectors; ++j) sum[r][j] = fma(x, lanes[j], sum[r][j]);
       }
     }
     for (int r = 0; r < n; ++r) {
-      for (int j = 0; j < kVectors; ++j) {
+      for (int j = 0; j < Vectors; ++j) {
         float* out = c + (r0 + r) * c_row + j * kWidth;
         store(out, add ? load(out) + sum[r][j] : sum[r][j]);
       }
@@ -76,8 +76,21 @@ void multiply_words(const uint32_t* a, int64_t a_row, int64_t a_step, int64_t ro
 }
 
 void multiply(bool pairs, const uint32_t* a, int64_t a_row, int64_t a_step, int64_t rows, const uint32_t* b,
-              int64_t steps, float* c, int64_t c_row, bool add) {
-  (pairs && kPairs ? multiply_words<kPairs> : multiply_words<false>)(a, a_row, a_step, rows, b, steps, c, c_row, add);
+              int64_t steps, int64_t used, float* c, int64_t c_row, bool add) {
+  const auto with = [&]<int Vectors>() {
+    (pairs && kPairs ? multiply_words<kPairs, Vectors> : multiply_words<false, Vectors>)(a, a_row, a_step, rows, b,
+                                                                                         steps, c, c_row, add);
+  };
+  const int64_t vectors = (used + kWidth - 1) / kWidth;
+  if (vectors == 1) {
+    with.template operator()<1>();
+  } else if (vectors == 2) {
+    with.template operator()<2>();
+  } else if (vectors == 3) {
+    with.template operator() < kVectors<3 ? kVectors : 3>();
+  } else {
+    with.template operator()<kVectors>();
+  }
 }
 
 // ---- packing ---------------------------------------------------------------------------------------------------------
@@ -193,11 +206,11 @@ inline F32 finite_shift(F32 m) {  // -inf becomes 0, so that -inf - shift stays 
 }
 
 template <bool Capped, bool Entropy>
-void statistics_of(float* z, int64_t v, const float* bias, const LogitTransform& t, float* stats, DType dtype,
-                   void* kept) {
+void statistics_of(float* z, int64_t v, int64_t used, const float* bias, const LogitTransform& t, float* stats,
+                   DType dtype, void* kept) {
   const F32 scale = broadcast(t.inverse_temperature);
   const Softcap cap(Capped ? t.softcap : 1.0f);
-  for (int j = 0; j < kLanes; j += kWidth) {
+  for (int j = 0; j < used; j += kWidth) {
     F32 m = broadcast(-kInfinity);
     for (int64_t i = 0; i < v; ++i) {
       F32 a = load(z + i * kLanes + j);
@@ -232,11 +245,11 @@ void statistics_of(float* z, int64_t v, const float* bias, const LogitTransform&
   }
 }
 
-void statistics(float* z, int64_t v, const float* bias, const LogitTransform& t, bool with_entropy, float* stats,
-                DType dtype, void* kept) {
+void statistics(float* z, int64_t v, int64_t used, const float* bias, const LogitTransform& t, bool with_entropy,
+                float* stats, DType dtype, void* kept) {
   with_flag(t.softcap != 0, [&](auto capped) {
     with_flag(with_entropy, [&](auto entropy) {
-      statistics_of<decltype(capped)::value, decltype(entropy)::value>(z, v, bias, t, stats, dtype, kept);
+      statistics_of<decltype(capped)::value, decltype(entropy)::value>(z, v, used, bias, t, stats, dtype, kept);
     });
   });
 }
@@ -264,10 +277,11 @@ void merge(const float* block, float* running, int64_t stride) {
 
 // d(g·logp + h·H)/dz = g·(1[target] - p) - h·p·(log p + H), without the 1[target].
 template <bool Capped, bool Entropy>
-void derivative_of(float* z, int64_t v, const float* bias, const LogitTransform& t, const PanelGradient& grad) {
+void derivative_of(float* z, int64_t v, int64_t used, const float* bias, const LogitTransform& t,
+                   const PanelGradient& grad) {
   const F32 scale = broadcast(t.inverse_temperature), zero = broadcast(0.0f);
   const Softcap cap(Capped ? t.softcap : 1.0f);
-  for (int j = 0; j < kLanes; j += kWidth) {
+  for (int j = 0; j < used; j += kWidth) {
     const F32 lse = load(grad.lse + j), minus_g = zero - load(grad.g + j);
     const F32 h = Entropy ? load(grad.h + j) : zero, entropy = Entropy ? load(grad.entropy + j) : zero;
     for (int64_t i = 0; i < v; ++i) {
@@ -286,18 +300,19 @@ void derivative_of(float* z, int64_t v, const float* bias, const LogitTransform&
   }
 }
 
-void derivative(float* z, int64_t v, const float* bias, const LogitTransform& t, const PanelGradient& grad) {
+void derivative(float* z, int64_t v, int64_t used, const float* bias, const LogitTransform& t,
+                const PanelGradient& grad) {
   with_flag(t.softcap != 0, [&](auto capped) {
     with_flag(grad.h != nullptr, [&](auto entropy) {
-      derivative_of<decltype(capped)::value, decltype(entropy)::value>(z, v, bias, t, grad);
+      derivative_of<decltype(capped)::value, decltype(entropy)::value>(z, v, used, bias, t, grad);
     });
   });
 }
 
 void derivative_of_kept(DType dtype, const void* kept, const int64_t* offset, const float* block_max, int64_t v,
-                        const LogitTransform& t, const PanelGradient& grad, float* z) {
+                        int64_t used, const LogitTransform& t, const PanelGradient& grad, float* z) {
   visit_float(dtype, [&]<class T>(T) {
-    for (int j = 0; j < kLanes; j += kWidth) {
+    for (int j = 0; j < used; j += kWidth) {
       const F32 factor = exp(load(block_max + j) - load(grad.lse + j)) * broadcast(-t.inverse_temperature);
       const F32 coefficient = factor * load(grad.g + j);
       const T* values = static_cast<const T*>(kept);
@@ -312,18 +327,18 @@ void derivative_of_kept(DType dtype, const void* kept, const int64_t* offset, co
   });
 }
 
-void write_gradient(bool pairs, const float* z, int64_t v, uint32_t* by_row, int64_t row_words, uint32_t* by_pair,
-                    int64_t pair_words, float* sums) {
+void write_gradient(bool pairs, const float* z, int64_t v, int64_t used, uint32_t* by_row, int64_t row_words,
+                    uint32_t* by_pair, int64_t pair_words, float* sums) {
   if (sums) {
     for (int64_t i = 0; i < v; ++i) {
       F32 s = broadcast(0.0f);
-      for (int j = 0; j < kLanes; j += kWidth) s = s + load(z + i * kLanes + j);
+      for (int j = 0; j < used; j += kWidth) s = s + load(z + i * kLanes + j);
       sums[i] += sum(s);
     }
   }
   if (!pairs) {
     for (int64_t i = 0; i < v; ++i) {
-      for (int j = 0; j < kLanes; j += kWidth) {
+      for (int j = 0; j < used; j += kWidth) {
         store(reinterpret_cast<float*>(by_row + i * row_words) + j, load(z + i * kLanes + j));
       }
     }
@@ -332,7 +347,7 @@ void write_gradient(bool pairs, const float* z, int64_t v, uint32_t* by_row, int
   for (int64_t i = 0; i < v; i += 2) {
     bfloat16 two[2][kLanes] = {};
     for (int r = 0; r < 2 && i + r < v; ++r) {
-      for (int j = 0; j < kLanes; j += kWidth) store(two[r] + j, load(z + (i + r) * kLanes + j));
+      for (int j = 0; j < used; j += kWidth) store(two[r] + j, load(z + (i + r) * kLanes + j));
       __builtin_memcpy(by_row + (i + r) * row_words, two[r], sizeof two[r]);
     }
     if (!by_pair) continue;

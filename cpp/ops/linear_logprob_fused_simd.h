@@ -3,7 +3,8 @@
 // while it is still in cache.
 //
 // A word is 32 bits: a float, or two bfloat16 that are neighbours along the summed dimension ("pairs", where the CPU
-// multiplies such pairs in one instruction). A panel is `lanes` columns wide; its words lie [step][lane].
+// multiplies such pairs in one instruction). A panel is `lanes` columns wide; its words lie [step][lane]. Of a panel at
+// an edge only the first `used` lanes count: whole registers of others are neither computed nor written.
 #pragma once
 
 #include "core/dtype.h"
@@ -25,7 +26,7 @@ struct FusedKernels {
 
   // c[r][lane] (+)= Σ_k a(r, k)·b[k][lane] for any number of rows; a(r, k) = a[r·a_row + k·a_step].
   void (*multiply)(bool pairs, const uint32_t* a, int64_t a_row, int64_t a_step, int64_t rows, const uint32_t* b,
-                   int64_t steps, float* c, int64_t c_row, bool add);
+                   int64_t steps, int64_t used, float* c, int64_t c_row, bool add);
 
   // Rows src + index[i]·row_bytes of d elements (index null: i itself) as words. `across` makes panels whose lanes are
   // rows and whose steps go along d; `along` makes panels whose lanes go along d and whose steps are rows (or pairs of
@@ -39,20 +40,21 @@ struct FusedKernels {
 
   // z [v][lanes] holds products; becomes transformed logits. stats [4][lanes]: RowStats of the block, per lane.
   // kept [v][lanes] of `dtype` (may be null) gets e^(z - stats.max).
-  void (*statistics)(float* z, int64_t v, const float* bias, const LogitTransform& t, bool with_entropy, float* stats,
-                     DType dtype, void* kept);
+  void (*statistics)(float* z, int64_t v, int64_t used, const float* bias, const LogitTransform& t, bool with_entropy,
+                     float* stats, DType dtype, void* kept);
   // Folds a block's stats [4][lanes] into running ones, whose rows are `stride` floats apart.
   void (*merge)(const float* block, float* running, int64_t stride);
 
   // z [v][lanes] = d(g·logp + h·H)/d product, all but the target's entries: from products, or from what was kept.
-  void (*derivative)(float* z, int64_t v, const float* bias, const LogitTransform& t, const PanelGradient& grad);
+  void (*derivative)(float* z, int64_t v, int64_t used, const float* bias, const LogitTransform& t,
+                     const PanelGradient& grad);
   // offset[lane] (null: lane itself) is where a lane's values begin, in elements, each `lanes` after the one before.
   void (*derivative_of_kept)(DType dtype, const void* kept, const int64_t* offset, const float* block_max, int64_t v,
-                             const LogitTransform& t, const PanelGradient& grad, float* z);
+                             int64_t used, const LogitTransform& t, const PanelGradient& grad, float* z);
   // z as the words of two products: by_row [v][·] with steps along the lanes, and for pairs by_pair [v / 2][·] with
   // steps along v (null: not wanted). Distances are in words. sums [v] (may be null) += Σ over lanes.
-  void (*write_gradient)(bool pairs, const float* z, int64_t v, uint32_t* by_row, int64_t row_words, uint32_t* by_pair,
-                         int64_t pair_words, float* sums);
+  void (*write_gradient)(bool pairs, const float* z, int64_t v, int64_t used, uint32_t* by_row, int64_t row_words,
+                         uint32_t* by_pair, int64_t pair_words, float* sums);
   // n floats -> dtype.
   void (*convert)(const float* src, DType dtype, char* out, int64_t n);
   // The same for rows of up to `lanes` floats that nobody reads soon, past the caches where they fill lines.

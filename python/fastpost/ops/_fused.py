@@ -11,6 +11,7 @@ import os
 import torch
 
 from fastpost import _core
+from fastpost.ops import _spare
 
 FORCED = os.environ.get("FASTPOST_CPU_GEMM", "")  # "fused" or "torch": for comparisons
 
@@ -89,7 +90,8 @@ class _Kept:
 
     def make(self, rows: int) -> torch.Tensor:
         elements = _core.linear_logprob_fused_kept(self.weight, rows, 1 << 62)[1]
-        return torch.empty(self.head + -(-elements // len(self.weight)), len(self.weight), dtype=self.dtype)
+        rows = self.head + -(-elements // len(self.weight))
+        return _spare.empty(rows * len(self.weight) * self.dtype.itemsize).view(self.dtype).view(rows, len(self.weight))
 
     def parts(self, kept):
         """(log-masses or None, the rest, how many rows that holds)."""

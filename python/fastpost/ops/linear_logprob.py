@@ -70,7 +70,8 @@ def linear_logprob(
         softcap: c > 0 replaces each logit x by c·tanh(x / c); None for none.
         ignore_index: rows with this target get 0 and no gradient.
         return_entropy: also return H = -Σ_j p_j log p_j per row.
-        memory_budget: bytes, at least 1 MiB; default 256 MiB. Half of it at most is held between forward and backward.
+        memory_budget: bytes, at least 1 MiB; default 256 MiB. Half of it at most is held between forward and backward, and
+            on the CPU until the next forward uses it again.
         batch_invariant: a row's log-prob, entropy and hidden gradient are the same bits whatever other rows there are,
             in whatever order, on however many threads. CPU only; where the fused kernels run by themselves (AVX-512 on
             AMD, AVX512-BF16 without AMX) it costs nothing and holds anyway.
