@@ -13,9 +13,11 @@ V, D = 3_000, 24
 BUDGET = 4 << 20  # a panel of 64 rows of float32 logits takes 0.8 MB
 
 
-@pytest.fixture(autouse=True)
-def fused(monkeypatch):
-    monkeypatch.setattr(_fused, "FORCED", "fused")
+@pytest.fixture(autouse=True, params=["fused", "torch"])
+def gemms(request, monkeypatch):
+    """Whose GEMMs: the core's, or torch's, by which the schedule also runs on a GPU."""
+    monkeypatch.setattr(_fused, "FORCED", request.param)
+    return request.param
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def test_equals_the_two_ops(objective, dtype, bias, calls):
         columns |= {"reward": torch.tensor([1.0, 0.0] * 4), "kl": 0.3}
     budget = BUDGET * dtype.itemsize // 4
     out = fastpost.preference_loss(hidden, weight, target, cu, objective, bias=b, memory_budget=budget, **columns)
-    assert len(calls[0]) > 1 and calls[0][0][0] == 0 and calls[0][-1][1] == 8
+    assert len(calls[0]) > 2 and calls[0][0] == 0 and calls[0][-1] == 8
     plain = two_ops(hidden, weight, target, cu, objective, b, **columns)
     for name in ("loss", "losses", "logprob", "rewards"):
         torch.testing.assert_close(getattr(out, name), getattr(plain, name), rtol=1e-5, atol=1e-5)
@@ -86,7 +88,7 @@ def test_any_other_use_of_its_outputs_is_right_too(calls):
         plain = two_ops(hidden, weight, target, cu, objectives.SimPO(), None)
         for a, p in zip(gradients(use(out), (hidden, weight)), gradients(use(plain), (hidden, weight))):
             assert (a - p).norm() <= 1e-4 * p.norm()
-    assert len(calls) == 2 * len(uses)
+    assert len(calls) == len(uses) and None not in calls
 
 
 def test_twice_and_second_derivatives():
@@ -109,7 +111,7 @@ def test_frozen(frozen, calls):
     tensors = [hidden, weight]
     tensors[frozen].requires_grad_(False)
     out = fastpost.preference_loss(*tensors, target, cu, objectives.SimPO(), memory_budget=BUDGET)
-    assert len(calls[0]) > 1
+    assert len(calls[0]) > 2
     out.loss.backward()
     plain = two_ops(*tensors, target, cu, objectives.SimPO(), None)
     (expected,) = torch.autograd.grad(plain.loss, tensors[1 - frozen])
@@ -141,7 +143,7 @@ def test_mistakes_are_named_as_without_it():
         fastpost.preference_loss(hidden, weight, target, cu, objectives.DPO(), memory_budget=BUDGET)
 
 
-def test_the_schedule_is_told():
+def test_the_schedule_is_told(gemms):
     hidden, weight, target, cu, _, _ = batch()
 
     def told(**options):
@@ -152,10 +154,13 @@ def test_the_schedule_is_told():
     scored = int((target != -100).sum())
     assert told(memory_budget=BUDGET)[:4] == ("one pass", scored, scored, 6.0)
     assert told()[:4] == ("kept", scored, scored, 6.0)
-    assert told(memory_budget=1 << 20)[:4] == ("recompute", scored, 0, 8.0)
+    if gemms == "fused":  # too little for one panel of 64 rows
+        assert told(memory_budget=1 << 20)[:4] == ("recompute", scored, 0, 8.0)
+    else:
+        assert told(memory_budget=1 << 20).operations > 7.5
     with torch.no_grad():
         assert told()[:4] == ("forward", scored, 0, 2.0)
-    assert told(softcap=5.0).operations == 8.0  # softcapped logits are made again
+    assert told(softcap=5.0).operations == (8.0 if gemms == "fused" else 6.0)  # the core makes them again
     hidden.requires_grad_(False)
     assert told().operations == 4.0
     *_, schedule = fastpost.linear_logprob(hidden, weight, target, memory_budget=BUDGET, return_schedule=True)
@@ -166,5 +171,6 @@ def test_the_schedule_is_told():
 def test_opcheck():
     hidden, weight, target, cu, _, _ = batch()
     kind, params = objectives.SimPO().core()
-    arguments = (hidden, weight, target, cu, *[None] * 5, kind, params, 1.0, -100, BUDGET, False, [True, True, False])
+    arguments = (hidden, weight, target, cu, *[None] * 5, kind, params, 1.0, -100, BUDGET, False, [True, True, False],
+                 [0, 2, 4, 8])  # fmt: skip
     torch.library.opcheck(_one_pass.one_pass, arguments)

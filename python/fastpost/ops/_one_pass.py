@@ -14,9 +14,9 @@ import itertools
 import torch
 
 from fastpost import _core, objectives
-from fastpost.ops import _fused
+from fastpost.ops import _passes
 from fastpost.ops._register import register
-from fastpost.ops._tiles import scored_rows
+from fastpost.ops._tiles import capturing
 
 
 def is_paired(kind: int) -> bool:
@@ -27,27 +27,30 @@ def is_paired(kind: int) -> bool:
 def too_many_rows(hidden, weight, target, budget: int) -> bool:
     """Whether the logits of all rows would not be kept, judged by shapes alone."""
     plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (hidden, weight))
-    n = target.numel()
-    if not plain or hidden.ndim != 2 or weight.ndim != 2 or not _fused.usable(n, hidden, weight, None, budget, False):
+    if (
+        not plain
+        or hidden.dtype == torch.float64
+        or hidden.ndim != 2
+        or weight.ndim != 2
+        or not len(weight)
+        or capturing(target)
+    ):
         return False
-    return _fused.kept_rows(n, weight, budget) < n
+    n = target.numel()
+    return _passes.kept_rows(n, hidden, weight, None, budget) < n
 
 
 def pieces(hidden, weight, target, cu_seqlens, paired: bool, ignore_index: int, budget: int, sums: bool):
-    """Cuts [(first sequence, last), ...] at groups of sequences, or None where this schedule does not pay: the logits
-    of all scored rows fit the budget, those of one group do not, or the float32 sums of the weight gradient do not."""
+    """The sequences where pieces begin, and their number at the end; or None where this schedule does not pay: the
+    logits of all scored rows fit the budget, those of one group do not, or the float32 sums of the weight gradient do
+    not. The host waits for a GPU once."""
     groups = 2 if paired else 1
-    scored = torch.cat([torch.zeros(1, dtype=torch.int64), (target != ignore_index).cumsum(0)])
+    scored = torch.nn.functional.pad((target != ignore_index).cumsum(0), (1, 0))
     ends = scored[cu_seqlens.long().clamp(0, len(target))][::groups].tolist()
-    n = ends[-1]
-    if not n or not _fused.usable(n, hidden, weight, None, budget, False):
+    n, room = ends[-1], budget - (4 * weight.numel() if sums else 0)
+    if not n or room <= 0 or _passes.kept_rows(n, hidden, weight, None, budget) >= n:
         return None
-    if _fused.kept_rows(n, weight, budget) >= n:
-        return None
-    room = budget - (4 * weight.numel() if sums else 0)
-    if room <= 0 or not _fused.usable(n, hidden, weight, None, room, False):
-        return None
-    most = _fused.kept_rows(n, weight, room)
+    most = _passes.most_kept(n, hidden, weight, None, room)
     if most < max(b - a for a, b in itertools.pairwise(ends)):
         return None
     cuts, begin = [0], 0
@@ -56,42 +59,36 @@ def pieces(hidden, weight, target, cu_seqlens, paired: bool, ignore_index: int, 
             begin = i - 1
             cuts.append(begin)
     cuts.append(len(ends) - 1)
-    return [(groups * a, groups * b) for a, b in itertools.pairwise(cuts)]
+    return [groups * cut for cut in cuts]
 
 
 def _forward(hidden, weight, target, cu_seqlens, bias, reference, previous, reward, kl, kind, params, temperature,
-             ignore_index, budget, count_tokens, needs):  # fmt: skip
+             ignore_index, budget, count_tokens, needs, cuts):  # fmt: skip
     paired = is_paired(kind)
-    cuts = pieces(hidden, weight, target, cu_seqlens, paired, ignore_index, budget, needs[1])
     loss, losses, sums, length, rewards, grad_hidden, grad_weight, grad_bias = _forward_fake(
         hidden, weight, target, cu_seqlens, bias, reference, previous, reward, kl, kind, params, temperature,
-        ignore_index, budget, count_tokens, needs,
+        ignore_index, budget, count_tokens, needs, cuts,
     )  # fmt: skip
-    weight_sum = torch.zeros(weight.shape, dtype=torch.float32) if needs[1] else None
-    bias_sum = torch.zeros(len(weight) if needs[2] else 0, dtype=torch.float32)
+    new, exact = hidden.new_empty, torch.float32
+    weight_sum = hidden.new_zeros(weight.shape, dtype=exact) if needs[1] else None
+    bias_sum = hidden.new_zeros(len(weight) if needs[2] else 0, dtype=exact)
     room = budget - (4 * weight.numel() if needs[1] else 0)
     starts = cu_seqlens.tolist()
-    for first, last in cuts:
+    for first, last in itertools.pairwise(cuts):
         tokens, sequences = slice(starts[first], starts[last]), slice(first, last)
         groups = slice(first // 2, last // 2) if paired else sequences
-        x, y = hidden[tokens], target[tokens]
-        scored = y != ignore_index
-        rows = scored_rows(scored)
-        stats, kept = _fused.forward(x, weight, bias, y, rows, temperature, 0.0, False, room, True)
-        of_rows = torch.empty(2, stats.shape[1], dtype=torch.float32)
-        _core.linear_logprob_finish(stats, of_rows[0], of_rows[1], None)
-        logprob, lse = of_rows if rows is None else torch.zeros(2, len(y)).index_copy_(1, rows, of_rows)
-        cu = cu_seqlens[first : last + 1] - starts[first]
+        tensors = (hidden[tokens], weight, target[tokens], bias, None, None, temperature, 0.0, ignore_index)
+        logprob, lse, _, kept = _passes.forward(*tensors, False, room, True)
+        y, cu = target[tokens], cu_seqlens[first : last + 1] - starts[first]
         columns = [None if t is None else t[sequences] for t in (reference, previous, reward)]
-        derivative, own_loss = torch.empty(last - first), torch.empty(())
+        derivative, own_loss = new(last - first, dtype=exact), new((), dtype=exact)
         _core.preference_loss(logprob, y, cu, ignore_index, kind, params, *columns, kl, own_loss, losses[groups],
                               sums[sequences], length[sequences], rewards[sequences], derivative)  # fmt: skip
-        grad_logprob = torch.empty(len(y))
-        ones = torch.ones(groups.stop - groups.start)
+        grad_logprob, ones = new(len(y), dtype=exact), hidden.new_ones(groups.stop - groups.start, dtype=exact)
         _core.preference_loss_backward(y, cu, ignore_index, kind, length[sequences], derivative, None, ones, None,
                                        grad_logprob)  # fmt: skip
-        of_piece = _fused.backward(x, weight, bias, y, scored, scored & (grad_logprob != 0), temperature, 0.0, logprob,
-                                   lse, None, kept, grad_logprob, None, needs, room, weight_sum)  # fmt: skip
+        of_piece = _passes.backward(*tensors, room, logprob, lse, None, kept, grad_logprob, None,
+                                    [*needs, False, False], weight_sum=weight_sum)  # fmt: skip
         if needs[0]:
             grad_hidden[tokens] = of_piece[0]
         if needs[2]:
@@ -110,7 +107,7 @@ def _count(length, losses, count_tokens):
 
 
 def _forward_fake(hidden, weight, target, cu_seqlens, bias, reference, previous, reward, kl, kind, params, temperature,
-                  ignore_index, budget, count_tokens, needs):  # fmt: skip
+                  ignore_index, budget, count_tokens, needs, cuts):  # fmt: skip
     s = cu_seqlens.numel() - 1
     paired = is_paired(kind)
 
@@ -125,7 +122,8 @@ def _forward_fake(hidden, weight, target, cu_seqlens, bias, reference, previous,
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.kind, ctx.params, ctx.temperature, ctx.ignore_index, ctx.budget, ctx.count_tokens, ctx.needs = inputs
+    (*tensors, ctx.kind, ctx.params, ctx.temperature, ctx.ignore_index, ctx.budget, ctx.count_tokens, ctx.needs,
+     _) = inputs  # fmt: skip
     _, losses, _, length, rewards, *grads = output
     ctx.mark_non_differentiable(length, rewards, *grads)
     ctx.set_materialize_grads(False)  # None for outputs that nobody used
@@ -143,7 +141,7 @@ def _autograd(ctx, grad_loss, grad_losses, grad_sums, *_):
     elif factor[0] != 1:
         found = [g * factor[0].to(g.dtype) if needed else None for g, needed in zip(found, ctx.needs)]
     hidden, weight, bias = (g if needed else None for g, needed in zip(found, ctx.needs))
-    return hidden, weight, None, None, bias, *[None] * 11
+    return hidden, weight, None, None, bias, *[None] * 12
 
 
 def _two_ops(ctx, inputs, *grads):
@@ -168,7 +166,7 @@ def _two_ops(ctx, inputs, *grads):
 one_pass = register(
     "preference_loss_one_pass(Tensor hidden, Tensor weight, Tensor target, Tensor cu_seqlens, Tensor? bias, "
     "Tensor? reference, Tensor? previous, Tensor? reward, Tensor? kl, int kind, float[] params, float temperature, "
-    "int ignore_index, int budget, bool count_tokens, bool[] needs) "
+    "int ignore_index, int budget, bool count_tokens, bool[] needs, int[] cuts) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward, _forward_fake, _autograd, _setup_context,
 )  # fmt: skip

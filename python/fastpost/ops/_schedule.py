@@ -6,15 +6,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fastpost.ops import _fused, _one_pass
-from fastpost.ops._tiles import forward_plan
+from fastpost.ops import _fused, _one_pass, _passes
 
 
 class Schedule(NamedTuple):
     """How linear_logprob or preference_loss computes, as return_schedule=True reports it."""
 
     name: str
-    """"forward": no gradient is wanted. "one pass": pieces of whole pairs, each finished at once. "kept": the logits of
+    """"forward": no gradient is wanted. "one pass": pieces of whole pairs (of rows, when only hidden
+    wants a gradient), each finished at once. "kept": the logits of
     `kept` rows are kept for the backward, those of the others made again; "recompute": of all others."""
     rows: int
     """Scored rows."""
@@ -31,22 +31,20 @@ class Schedule(NamedTuple):
 
 def schedule(
     hidden, weight, target, *, needs, budget: int, a=None, ignore_index=-100, keeps=True, batch_invariant=False,
-    cu_seqlens=None, paired=False,
+    cu_seqlens=None, paired=False, frozen=False,
 ) -> Schedule:  # fmt: skip
     """needs: whether gradients of (hidden, weight) are wanted. keeps: False with an entropy or softcap, which the fused
-    kernels recompute. cu_seqlens: given where one pass is possible."""
-    n, v = int((target != ignore_index).sum()), len(weight)
+    kernels recompute. cu_seqlens: given where one pass over whole pairs is possible; frozen: where one over rows is."""
+    n = int((target != ignore_index).sum())
     core = bool(n) and _fused.usable(n, hidden, weight, a, budget, batch_invariant)
     gemm, gradients = "core" if core else "torch", 2.0 * sum(needs)
     if not any(needs):
         return Schedule("forward", n, 0, 2.0, gemm)
-    cut = cu_seqlens is not None and core and keeps and a is None
-    if cut and _one_pass.pieces(hidden, weight, target, cu_seqlens, paired, ignore_index, budget, needs[1]):
+    cut = cu_seqlens is not None and keeps and a is None and _one_pass.too_many_rows(hidden, weight, target, budget)
+    if (cut and _one_pass.pieces(hidden, weight, target, cu_seqlens, paired, ignore_index, budget, needs[1])) or (
+        frozen and _passes.direction_piece(n, hidden, weight, a, budget, 0.0 if keeps else 1.0)
+    ):
         return Schedule("one pass", n, n, 2.0 + gradients, gemm)
-    if core:
-        kept = _fused.kept_rows(n, weight, budget) if keeps else 0
-    else:
-        kept = forward_plan(n, hidden, weight, a, budget).kept if n and v else 0
-    kept = min(n, kept)
+    kept = _passes.kept_rows(n, hidden, weight, a, budget, keeps)
     again = 2.0 * (n - kept) / max(n, 1)
     return Schedule("kept" if kept else "recompute", n, kept, 2.0 + again + gradients, gemm)

@@ -158,11 +158,13 @@ class Backward:
 
     scored, active [N]: masks of the forward's rows and of those with a gradient that is not zero. logprob, lse,
     entropy?, grad_logprob, grad_entropy? [N]; kept [k, V] from the forward. needs: which gradients, in
-    the order hidden, weight, bias, a, b, in which `run` returns them (empty where not needed)."""
+    the order hidden, weight, bias, a, b, in which `run` returns them (empty where not needed). weight_sum [V, D]
+    float32: the weight's gradient is added there instead."""
 
     def __init__(self, hidden, weight, target, bias, a, b, temperature, softcap, scored, active, memory_budget, logprob,
-                 lse, entropy, kept, grad_logprob, grad_entropy, needs):  # fmt: skip
+                 lse, entropy, kept, grad_logprob, grad_entropy, needs, weight_sum=None):  # fmt: skip
         self.hidden, self.weight, self.a, self.b, self.needs = hidden, weight, a, b, needs
+        self.weight_sum = weight_sum if needs[1] else None
         self.columns = _hopper.tile_columns(hidden, weight, a)
         self.kept, self.tile_max = _hopper.unpack(kept, self.columns) if self.columns else (kept, None)
         kept = self.kept
@@ -179,7 +181,8 @@ class Backward:
         self.n_kept = min(self.n, len(kept)) if self.place is None else int((self.place < len(kept)).sum())
         v, d = weight.shape
         rank = 0 if a is None else a.shape[1]
-        row_width, col_width = needs[0] * d + needs[3] * rank, needs[1] * d + needs[4] * rank
+        sums_weight = needs[1] and weight_sum is None
+        row_width, col_width = needs[0] * d + needs[3] * rank, sums_weight * d + needs[4] * rank
         self.plan = plan(self.n, v, d, self.dtype.itemsize, memory_budget, row_width, col_width)
         if self.columns:  # slices begin where tiles do
             cols = max(self.plan.cols // self.columns * self.columns, self.columns)
@@ -196,7 +199,8 @@ class Backward:
 
         needs = self.needs
         hidden, a = result(self.hidden, needs[0], True), result(self.a, needs[3], True)
-        weight, b = result(self.weight, needs[1]), result(self.b, needs[4])
+        b = result(self.b, needs[4])
+        weight = result(self.weight, needs[1]) if self.weight_sum is None else self.weight_sum
         bias = torch.zeros(len(self.weight) if needs[2] else 0, dtype=sum_dtype(self.dtype), device=self.hidden.device)
         of_rows = (hidden if needs[0] else None, a if needs[3] else None)
         of_cols = (weight if needs[1] else None, b if needs[4] else None, bias if needs[2] else None)
@@ -218,6 +222,8 @@ class Backward:
         slices = [*spans(0, v, p.cols)]
         hidden_sums, a_sums = (Sums(out, parts=len(slices), rows=self.rows) for out in (grad_hidden, grad_a))
         weight_sums, b_sums = (Sums(out, parts=len(blocks)) for out in (grad_weight, grad_b))
+        if grad_weight is not None and grad_weight is self.weight_sum:
+            weight_sums = Total(grad_weight)
         for block, cut in (
             itertools.product(blocks, slices) if outer == "rows" else ((b, c) for c in slices for b in blocks)
         ):
@@ -300,12 +306,7 @@ class Sums:
             total = self.out[begin:end] if in_place else torch.empty(shape, dtype=exact, device=a.device)
             self.open[block] = [total.zero_(), 0]
         total = self.open[block][0]
-        if a.dtype == exact:
-            torch.addmm(total, a, b, out=total)
-        elif a.device.type == "cuda":
-            total += torch.mm(a, b, out_dtype=exact)
-        else:  # torch has no bfloat16 GEMM with a float32 result on CPU
-            total += torch.mm(a, b)
+        add_product(total, a, b)
         self.open[block][1] += 1
         if self.open[block][1] == self.parts:
             self.write(block, total)
@@ -317,3 +318,24 @@ class Sums:
             self.out.index_copy_(0, self.rows[begin:end], total.to(self.out.dtype))
         elif total.data_ptr() != self.out[begin:end].data_ptr():
             self.out[begin:end] = total
+
+
+class Total:
+    """Sums over more than one backward pass: `out` is float32 and holds what came before."""
+
+    def __init__(self, out):
+        self.out = out
+
+    def add(self, block, a, b):
+        begin, end = block
+        add_product(self.out[begin:end], a, b)
+
+
+def add_product(total, a, b):
+    """total += a · b, in the dtype of `total`, which is float32 for bfloat16 factors."""
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, out=total)
+    elif a.device.type == "cuda":
+        total += torch.mm(a, b, out_dtype=total.dtype)
+    else:  # torch has no bfloat16 GEMM with a float32 result on CPU
+        total += torch.mm(a, b)

@@ -3,8 +3,9 @@
 
 Logits are made a tile at a time with torch's own GEMM; between GEMMs the core (cpp/ops/linear_logprob.cpp) does
 everything else in one pass. The gradient of a logit needs only its row's log-sum-exp, so the backward makes each tile
-again (8·N·V·D operations in all), unless the byte budget allowed the forward to keep it (6·N·V·D, three GEMMs). The
-loops over tiles are in _tiles.py, second derivatives in _second_derivatives.py.
+again (8·N·V·D operations in all), unless the byte budget allowed the forward to keep it (6·N·V·D, three GEMMs); with a
+frozen head it costs two GEMMs. The passes are in _passes.py, their loops over tiles in _tiles.py, second derivatives in
+_second_derivatives.py.
 """
 
 from __future__ import annotations
@@ -12,22 +13,13 @@ from __future__ import annotations
 import torch
 
 from fastpost import _core
-from fastpost.ops import _fused, _hopper, _second_derivatives
+from fastpost.ops import _fused, _passes, _second_derivatives
 from fastpost.ops._register import USE_REFERENCE, expect_plain, register
 from fastpost.ops._schedule import schedule
-from fastpost.ops._tiles import (
-    Backward,
-    capturing,
-    compute_dtype,
-    forward_plan,
-    kernels,
-    row_statistics,
-    scored_rows,
-    sum_dtype,
-)
+from fastpost.ops._tiles import compute_dtype
 from fastpost.reference import linear_logprob as reference
 
-DEFAULT_MEMORY_BUDGET = 256 << 20
+DEFAULT_MEMORY_BUDGET = {"cpu": 256 << 20, "cuda": 1 << 30}
 SMALLEST_MEMORY_BUDGET = 1 << 20
 
 
@@ -70,8 +62,8 @@ def linear_logprob(
         softcap: c > 0 replaces each logit x by c·tanh(x / c); None for none.
         ignore_index: rows with this target get 0 and no gradient.
         return_entropy: also return H = -Σ_j p_j log p_j per row.
-        memory_budget: bytes, at least 1 MiB; default 256 MiB. Half of it at most is held between forward and backward, and
-            on the CPU until the next forward uses it again.
+        memory_budget: bytes, at least 1 MiB; default 256 MiB on the CPU, 1 GiB on a GPU. Half of it at most is held
+            between forward and backward, and on the CPU until the next forward uses it again.
         batch_invariant: a row's log-prob, entropy and hidden gradient are the same bits whatever other rows there are,
             in whatever order, on however many threads. CPU only; where the fused kernels run by themselves (AVX-512 on
             AMD, AVX512-BF16 without AMX) it costs nothing and holds anyway.
@@ -96,18 +88,20 @@ def linear_logprob(
                                         softcap=softcap, ignore_index=ignore_index,
                                         return_entropy=return_entropy)  # fmt: skip
     expect_plain("linear_logprob", hidden=hidden, weight=weight, target=target, bias=bias, a=a, b=b)
-    memory_budget = expect_budget("linear_logprob", memory_budget)
+    memory_budget = expect_budget("linear_logprob", memory_budget, hidden)
     hidden, weight, bias, a, b = autocast(hidden, weight, bias, a, b)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias, a, b))
+    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias, a, b)]
+    keep, frozen = any(wanted), wanted[0] and not any(wanted[1:])
     logprob, _, entropy, _ = _forward_op(
         hidden, weight, target, bias, a, b, temperature, softcap or 0.0, ignore_index, return_entropy, memory_budget,
-        keep, batch_invariant, skip_mass, vocab_order,
+        keep, batch_invariant, skip_mass, vocab_order, frozen,
     )  # fmt: skip
     outputs = (logprob, entropy) if return_entropy else (logprob,)
     if return_schedule:
-        needs = [keep and t.requires_grad for t in (hidden, weight)]
-        outputs += (schedule(hidden, weight, target, needs=needs, budget=memory_budget, a=a, ignore_index=ignore_index,
-                             keeps=not (softcap or return_entropy), batch_invariant=batch_invariant),)  # fmt: skip
+        frozen = _passes.may_finish(frozen, return_entropy, batch_invariant or skip_mass > 0)
+        outputs += (schedule(hidden, weight, target, needs=wanted[:2], budget=memory_budget, a=a,
+                             ignore_index=ignore_index, keeps=not (softcap or return_entropy),
+                             batch_invariant=batch_invariant, frozen=frozen),)  # fmt: skip
     return outputs if len(outputs) > 1 else logprob
 
 
@@ -124,9 +118,9 @@ def low_rank_pair(op, low_rank):
     return got
 
 
-def expect_budget(op, memory_budget):
+def expect_budget(op, memory_budget, hidden):
     if memory_budget is None:
-        return DEFAULT_MEMORY_BUDGET
+        return DEFAULT_MEMORY_BUDGET.get(hidden.device.type, DEFAULT_MEMORY_BUDGET["cpu"])
     if memory_budget < SMALLEST_MEMORY_BUDGET:
         raise ValueError(
             f"[{op}] memory_budget: expected at least {SMALLEST_MEMORY_BUDGET} bytes (1 MiB), got {memory_budget}."
@@ -167,81 +161,34 @@ def check(hidden, weight, target, bias, a, b, temperature, softcap, ignore_index
 
 
 def _forward(hidden, weight, target, bias, a, b, temperature, softcap, ignore_index, with_entropy, memory_budget, keep,
-             batch_invariant=False, skip_mass=0.0, vocab_order=None):  # fmt: skip
+             batch_invariant=False, skip_mass=0.0, vocab_order=None, frozen=False):  # fmt: skip
     check(hidden, weight, target, bias, a, b, temperature, softcap, ignore_index)
+    _fused.check_skipping(hidden, weight, a, softcap, with_entropy, skip_mass, vocab_order)
     with torch.autocast(hidden.device.type, enabled=False):
-        outputs = _row_outputs(hidden, with_entropy)
-        scored = target != ignore_index
-        rows = scored_rows(scored)
-        n = len(target) if rows is None else len(rows)
-        row_outputs = outputs if rows is None else [t.new_empty(min(len(t), n)) for t in outputs]
-        _fused.check_skipping(hidden, weight, a, softcap, with_entropy, skip_mass, vocab_order)
-        if n and _fused.usable(n, hidden, weight, a, memory_budget, batch_invariant or skip_mass > 0):
-            stats, kept = _fused.forward(hidden, weight, bias, target, rows, temperature, softcap, with_entropy,
-                                         memory_budget, keep, skip_mass, vocab_order)  # fmt: skip
-            blocks = [(0, n, stats)]
-        else:
-            p = forward_plan(n, hidden, weight, a, memory_budget)
-            if columns := _hopper.tile_columns(hidden, weight, a):
-                kept = _hopper.kept_like(hidden, p.kept if keep else 0, len(weight), columns)
-            else:
-                kept = torch.empty(
-                    p.kept if keep else 0, len(weight), dtype=compute_dtype(hidden), device=hidden.device
-                )
-            blocks = row_statistics(
-                hidden, weight, target, bias, a, b, temperature, softcap, with_entropy, rows, p, kept
-            )
-        for begin, end, stats in blocks:
-            logprob, lse, entropy = (t[begin:end] for t in row_outputs)
-            kernels(hidden).linear_logprob_finish(stats, logprob, lse, entropy if with_entropy else None)
-        if rows is not None:
-            for out, of_rows in zip(outputs, row_outputs):
-                if len(out):
-                    out.zero_().index_copy_(0, rows, of_rows)
-        elif capturing(target):
-            for out in outputs:
-                if len(out):
-                    out.masked_fill_(~scored, 0)
-    return *outputs, kept
-
-
-def _row_outputs(hidden, with_entropy):
-    """logprob, lse, entropy (empty when not asked for)."""
-    n, dtype = hidden.shape[0], sum_dtype(hidden.dtype)
-    return [torch.empty(k, dtype=dtype, device=hidden.device) for k in (n, n, n if with_entropy else 0)]
+        return _passes.forward(hidden, weight, target, bias, a, b, temperature, softcap, ignore_index, with_entropy,
+                               memory_budget, keep, batch_invariant, skip_mass, vocab_order, frozen)  # fmt: skip
 
 
 def _forward_fake(hidden, weight, target, bias, a, b, temperature, softcap, ignore_index, with_entropy, memory_budget,
-                  keep, batch_invariant=False, skip_mass=0.0, vocab_order=None):  # fmt: skip
+                  keep, batch_invariant=False, skip_mass=0.0, vocab_order=None, frozen=False):  # fmt: skip
     # How many rows are scored, and so kept, is known only at run time.
     kept_rows = torch.library.get_ctx().new_dynamic_size() if keep else 0
     kept = hidden.new_empty(kept_rows, weight.shape[0], dtype=compute_dtype(hidden))
-    return *_row_outputs(hidden, with_entropy), kept
+    return *_passes.row_outputs(hidden, with_entropy), kept
 
 
 def _backward(hidden, weight, target, bias, a, b, temperature, softcap, ignore_index, memory_budget, logprob, lse,
               entropy, kept, grad_logprob, grad_entropy, needs, batch_invariant=False, skip_mass=0.0,
-              vocab_order=None):  # fmt: skip
+              vocab_order=None, frozen=False):  # fmt: skip
     with torch.autocast(hidden.device.type, enabled=False):
-        # Rows of the forward, then those of them whose gradient is not zero.
-        scored = target != ignore_index
-        if capturing(target):  # rows without a gradient stay, as zeros
-            grad_logprob = grad_logprob.masked_fill(~scored, 0)
-            grad_entropy = None if grad_entropy is None else grad_entropy.masked_fill(~scored, 0)
-        active = scored & ((grad_logprob != 0) if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0))
-        n = len(target) if capturing(target) else int(scored.sum())
-        if n and _fused.usable(n, hidden, weight, a, memory_budget, batch_invariant or skip_mass > 0):
-            grads = _fused.backward(hidden, weight, bias, target, scored, active, temperature, softcap, logprob, lse,
-                                    entropy, kept, grad_logprob, grad_entropy, needs, memory_budget, None, skip_mass,
-                                    vocab_order)  # fmt: skip
-            return *grads, hidden.new_empty(0), hidden.new_empty(0)
-        return Backward(hidden, weight, target, bias, a, b, temperature, softcap, scored, active, memory_budget,
-                        logprob, lse, entropy, kept, grad_logprob, grad_entropy, needs).run()  # fmt: skip
+        return _passes.backward(hidden, weight, target, bias, a, b, temperature, softcap, ignore_index, memory_budget,
+                                logprob, lse, entropy, kept, grad_logprob, grad_entropy, needs, batch_invariant,
+                                skip_mass, vocab_order, frozen)  # fmt: skip
 
 
 def _backward_fake(hidden, weight, target, bias, a, b, temperature, softcap, ignore_index, memory_budget, logprob, lse,
                    entropy, kept, grad_logprob, grad_entropy, needs, batch_invariant=False, skip_mass=0.0,
-                   vocab_order=None):  # fmt: skip
+                   vocab_order=None, frozen=False):  # fmt: skip
     return tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) if needed else hidden.new_empty(0)
         for t, needed in zip((hidden, weight, bias, a, b), needs)
@@ -250,7 +197,7 @@ def _backward_fake(hidden, weight, target, bias, a, b, temperature, softcap, ign
 
 def _setup_context(ctx, inputs, output):
     (*tensors, ctx.temperature, ctx.softcap, ctx.ignore_index, ctx.with_entropy, ctx.memory_budget, _,
-     ctx.batch_invariant, ctx.skip_mass, vocab_order) = inputs  # fmt: skip
+     ctx.batch_invariant, ctx.skip_mass, vocab_order, ctx.frozen) = inputs  # fmt: skip
     logprob, lse, entropy, kept = output
     ctx.mark_non_differentiable(lse, kept)
     ctx.save_for_backward(*tensors, logprob, lse, entropy, kept, vocab_order)
@@ -265,24 +212,24 @@ def _autograd(ctx, grad_logprob, _grad_lse, grad_entropy, _grad_kept):
     grads = _backward_op(
         hidden, weight, target, bias, a, b, ctx.temperature, ctx.softcap, ctx.ignore_index, ctx.memory_budget, logprob,
         lse, entropy if ctx.with_entropy else None, kept, grad_logprob, grad_entropy if ctx.with_entropy else None,
-        needs, ctx.batch_invariant, ctx.skip_mass, vocab_order,
+        needs, ctx.batch_invariant, ctx.skip_mass, vocab_order, ctx.frozen,
     )  # fmt: skip
     hidden, weight, bias, a, b = (g if needed else None for g, needed in zip(grads, needs))
-    return hidden, weight, None, bias, a, b, *[None] * 9
+    return hidden, weight, None, bias, a, b, *[None] * 10
 
 
 _backward_op = register(
     "linear_logprob_backward(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? a, Tensor? b, "
     "float temperature, float softcap, int ignore_index, int memory_budget, Tensor logprob, Tensor lse, "
     "Tensor? entropy, Tensor kept, Tensor grad_logprob, Tensor? grad_entropy, bool[] needs, "
-    "bool batch_invariant=False, float skip_mass=0.0, Tensor? vocab_order=None) "
+    "bool batch_invariant=False, float skip_mass=0.0, Tensor? vocab_order=None, bool frozen=False) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward, _backward_fake, _second_derivatives.autograd, _second_derivatives.setup_context,
 )  # fmt: skip
 _forward_op = register(
     "linear_logprob(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? a, Tensor? b, "
     "float temperature, float softcap, int ignore_index, bool with_entropy, int memory_budget, bool keep, "
-    "bool batch_invariant=False, float skip_mass=0.0, Tensor? vocab_order=None) "
+    "bool batch_invariant=False, float skip_mass=0.0, Tensor? vocab_order=None, bool frozen=False) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _forward, _forward_fake, _autograd, _setup_context,
 )  # fmt: skip

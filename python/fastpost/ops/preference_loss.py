@@ -54,9 +54,9 @@ def preference_loss(
         reference_logprob, previous_logprob, reward: [S] float32, where the objective needs them. No gradient.
         kl: KTO's estimate or BCO's delta, a number or a one-element tensor. No gradient.
         bias, low_rank, temperature, softcap, ignore_index, memory_budget: see linear_logprob.
-        return_schedule: return (output, Schedule), how it was computed and what it costs. On the CPU a batch whose
-            logits exceed the budget is computed in one pass over whole pairs, without making logits twice; see
-            ops/_one_pass.py.
+        return_schedule: return (output, Schedule), how it was computed and what it costs. A batch whose logits exceed
+            the budget is computed in one pass over whole pairs, without making logits twice, where the budget holds a
+            pair's logits and float32 sums for the weight; see ops/_one_pass.py.
 
     Returns:
         PreferenceOutput(loss [], losses [P], logprob [S], rewards [S], length [S] int32), float32; P counts pairs, or
@@ -87,19 +87,20 @@ def preference_loss(
                                            ignore_index=ignore_index)  # fmt: skip
     if not return_schedule:
         return out
-    return out, schedule_of(hidden, weight, target, cu_seqlens, objective, low_rank=low_rank, softcap=softcap,
-                            ignore_index=ignore_index, memory_budget=memory_budget)  # fmt: skip
+    return out, schedule_of(hidden, weight, target, cu_seqlens, objective, bias=bias, low_rank=low_rank,
+                            softcap=softcap, ignore_index=ignore_index, memory_budget=memory_budget)  # fmt: skip
 
 
-def schedule_of(hidden, weight, target, cu_seqlens, objective, *, low_rank=None, softcap=None, ignore_index=-100,
-                memory_budget=None) -> Schedule:  # fmt: skip
+def schedule_of(hidden, weight, target, cu_seqlens, objective, *, bias=None, low_rank=None, softcap=None,
+                ignore_index=-100, memory_budget=None) -> Schedule:  # fmt: skip
     """The schedule that preference_loss takes for these arguments; of `hidden` only shape, dtype and device count, and
     whether it requires a gradient."""
     hidden, weight = autocast(hidden, weight)
     core = objective.core() if isinstance(objective, objectives.Objective) else None
+    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     return schedule(
-        hidden, weight, target, needs=[torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)],
-        budget=expect_budget("linear_logprob", memory_budget), a=None if low_rank is None else low_rank[0],
+        hidden, weight, target, needs=wanted[:2], frozen=wanted == [True, False, False] and low_rank is None,
+        budget=expect_budget("linear_logprob", memory_budget, hidden), a=None if low_rank is None else low_rank[0],
         ignore_index=ignore_index, keeps=not softcap, cu_seqlens=None if core is None else cu_seqlens,
         paired=core is not None and _one_pass.is_paired(core[0]),
     )  # fmt: skip
@@ -151,21 +152,23 @@ def _in_one_pass(hidden, weight, target, cu_seqlens, objective, reference_logpro
     columns = {"reference_logprob": reference_logprob, "previous_logprob": previous_logprob, "reward": reward}
     expect_plain("preference_loss", hidden=hidden, weight=weight, target=target, cu_seqlens=cu_seqlens, bias=bias,
                  **columns)  # fmt: skip
-    budget = expect_budget("linear_logprob", memory_budget)
+    budget = expect_budget("linear_logprob", memory_budget, hidden)
     hidden, weight, bias = autocast(hidden, weight, bias)
     needs = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
     if not any(needs) or not _one_pass.too_many_rows(hidden, weight, target, budget):
         return None
     # Every argument is judged before the batch is cut, by the checks of the two ops that this stands for.
     check(hidden, weight, target, bias, None, None, temperature, 0.0, ignore_index)
-    kl = scalar("preference_loss", "kl", kl, torch.empty(0))
-    _forward(torch.zeros(len(target)), target, cu_seqlens, ignore_index, *core, *columns.values(), kl)
+    zeros = torch.zeros(len(target), device=hidden.device)
+    kl = scalar("preference_loss", "kl", kl, zeros)
+    _forward(zeros, target, cu_seqlens, ignore_index, *core, *columns.values(), kl)
     paired, tokens = _one_pass.is_paired(core[0]), objective.unit == "token"
-    if _one_pass.pieces(hidden, weight, target, cu_seqlens, paired, ignore_index, budget, needs[1]) is None:
+    cuts = _one_pass.pieces(hidden, weight, target, cu_seqlens, paired, ignore_index, budget, needs[1])
+    if cuts is None:
         return None
     loss, losses, sums, length, rewards, *_ = _one_pass.one_pass(
         hidden, weight, target, cu_seqlens, bias, *columns.values(), kl, *core, temperature, ignore_index, budget,
-        tokens, needs,
+        tokens, needs, cuts,
     )  # fmt: skip
     return PreferenceOutput(loss, losses, sums, rewards, length)
 

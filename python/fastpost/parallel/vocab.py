@@ -80,7 +80,7 @@ def vocab_parallel_logprob(
     """
     a, b = low_rank_pair(OP, low_rank)
     expect_plain(OP, hidden=hidden, weight_shard=weight_shard, target=target, bias=bias, a=a, b=b)
-    memory_budget = expect_budget(OP, memory_budget)
+    memory_budget = expect_budget(OP, memory_budget, hidden)
     hidden, weight_shard, bias, a, b = autocast(hidden, weight_shard, bias, a, b)
     if vocab_start is None:
         sizes = all_gather(torch.tensor([len(weight_shard)], device=hidden.device), group).tolist()
