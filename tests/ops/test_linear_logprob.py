@@ -216,6 +216,15 @@ def test_extra_memory_stays_under_the_budget(n, d, v):
     assert int(child.stdout) < budget + noise
 
 
+def test_what_is_kept_is_there_once():
+    """No copy of it, and no zeros as large as it for a gradient that it does not have."""
+    n, d, v = 512, 64, 50_000
+    child = subprocess.run([sys.executable, "-c", MEMORY_PROBE, *map(str, (n, d, v, 256 << 20))], capture_output=True,
+                           text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert child.returncode == 0, child.stderr
+    assert int(child.stdout) < 2 * n * v + (16 << 20)  # the other path has a tile besides
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("softcap", [0.0, 8.0])
 def test_tile_functions_do_what_the_reference_does(dtype, softcap, device):

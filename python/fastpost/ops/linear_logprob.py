@@ -200,6 +200,7 @@ def _setup_context(ctx, inputs, output):
      ctx.batch_invariant, ctx.skip_mass, vocab_order, ctx.frozen) = inputs  # fmt: skip
     logprob, lse, entropy, kept = output
     ctx.mark_non_differentiable(lse, kept)
+    ctx.set_materialize_grads(False)  # or there would be zeros as large as `kept`
     ctx.save_for_backward(*tensors, logprob, lse, entropy, kept, vocab_order)
 
 
@@ -208,7 +209,9 @@ def _autograd(ctx, grad_logprob, _grad_lse, grad_entropy, _grad_kept):
     needs_hidden, needs_weight, _, *rest = ctx.needs_input_grad[:6]
     needs = [needs_hidden, needs_weight, *rest]
     # Gradients arrive expanded (stride 0) from sums; kernels want rows in memory.
-    grad_logprob, grad_entropy = (g.to(lse.dtype).contiguous() for g in (grad_logprob, grad_entropy))
+    grad_logprob, grad_entropy = (
+        torch.zeros_like(lse) if g is None else g.to(lse.dtype).contiguous() for g in (grad_logprob, grad_entropy)
+    )
     grads = _backward_op(
         hidden, weight, target, bias, a, b, ctx.temperature, ctx.softcap, ctx.ignore_index, ctx.memory_budget, logprob,
         lse, entropy if ctx.with_entropy else None, kept, grad_logprob, grad_entropy if ctx.with_entropy else None,
