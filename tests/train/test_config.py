@@ -38,7 +38,7 @@ def test_misspelt_key_names_file_key_and_suggestion(recipe):
 
 def test_misspelt_choice(recipe):
     path = recipe(optim={"schedule": "cosin"})
-    text = "optim.schedule: expected one of cosine, linear, constant; got 'cosin'. Did you mean 'cosine'?"
+    text = "optim.schedule: expected one of cosine, linear, constant, wsd, step; got 'cosin'. Did you mean 'cosine'?"
     assert message(path) == f"{path}: {text}"
 
 
@@ -63,6 +63,29 @@ def test_numbers_without_a_dot_are_floats(recipe):
         ("train: {batch_size: 0}", "train.batch_size: expected at least 1, got 0."),
         ("optim: {lr: .nan}", "optim.lr: expected at least 0, got nan."),
         ("optim: {warmup_ratio: 3}", "optim.warmup_ratio: expected a share from 0 to 1, got 3.0."),
+        ("optim: {stable_ratio: 90}", "optim.stable_ratio: expected a share from 0 to 1, got 90.0."),
+        (
+            "optim: {schedule: step}",
+            "optim.step_decay: expected [every, gamma] with optim.schedule step, got nothing. "
+            "E.g. step_decay: [6212, 0.85].",
+        ),
+        (
+            "optim: {schedule: step, step_decay: [0.85, 6212]}",
+            "optim.step_decay[0]: expected a whole number, got a number (float) 0.85.",
+        ),
+        (
+            "optim: {schedule: step, step_decay: [10, 8.5]}",
+            "optim.step_decay: expected [every, gamma] with every at least 1 and gamma above 0 and up to 1, "
+            "got [10, 8.5].",
+        ),
+        (
+            "optim: {step_decay: [10, 0.5]}",
+            "optim.step_decay: has no effect with optim.schedule cosine. Set optim.schedule to step, or leave it out.",
+        ),
+        (
+            "optim: {schedule: wsd, decay: exponential}",
+            "optim.min_lr_ratio: expected more than 0 with optim.decay exponential, which never reaches 0; got 0.0.",
+        ),
     ],
 )
 def test_wrong_values_name_the_field(recipe, yaml_text, expected):

@@ -79,14 +79,23 @@ class ObjectiveConfig:
 class OptimConfig:
     lr: float = 1e-6
     """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up: cosine or linear down to min_lr_ratio * lr, or constant."""
+    schedule: Literal["cosine", "linear", "constant", "wsd", "step"] = "cosine"
+    """Shape after the warm-up: cosine or linear down to min_lr_ratio * lr; constant; wsd = constant until stable_ratio
+    of all steps, then `decay`; step = times step_decay's gamma each so many steps."""
     warmup_ratio: float = 0.1
     """Share of all steps over which lr rises linearly from 0."""
     warmup_steps: int | None = None
     """The same as a number of steps; overrides warmup_ratio."""
+    warmup_from: float = 0.0
+    """Where the warm-up begins, as a share of the peak."""
     min_lr_ratio: float = 0.0
-    """Final lr as a share of the peak."""
+    """Final lr as a share of the peak; with wsd and step it goes no lower."""
+    stable_ratio: float = 0.9
+    """wsd: share of all steps, warm-up included, before the decay begins; 1 = it never does."""
+    decay: Literal["linear", "cosine", "sqrt", "exponential"] = "linear"
+    """wsd: shape of the decay. sqrt = 1 - sqrt(progress); exponential = min_lr_ratio ** progress."""
+    step_decay: tuple[int, float] | None = None
+    """step: [every, gamma], e.g. [6212, 0.85]."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates."""
     eps: float = 1e-8
@@ -184,7 +193,9 @@ def to_dict(cfg: Config) -> dict:
     """Plain nested dict, the inverse of `from_dict`."""
     tree = dataclasses.asdict(cfg)
     tree["objective"] = {"name": cfg.objective.name, **cfg.objective.fields}
-    tree["optim"]["betas"] = list(cfg.optim.betas)
+    for key in ("betas", "step_decay"):
+        value = getattr(cfg.optim, key)
+        tree["optim"][key] = None if value is None else list(value)
     return tree
 
 
@@ -270,16 +281,18 @@ def _check(cfg: Config, where: str) -> None:
         "data.max_length": 2, "data.max_prompt_length": 1, "data.limit": 1, "data.eval_limit": 1, "train.epochs": 1,
         "train.max_steps": 1, "train.batch_size": 1, "train.max_tokens_per_micro_batch": 1, "train.micro_batch_size": 1,
         "train.save_every": 0, "train.keep_latest": 1, "train.eval_every": 0, "train.threads": 1, "log.every": 1,
-        "optim.lr": 0, "optim.warmup_ratio": 0, "optim.warmup_steps": 0, "optim.min_lr_ratio": 0, "optim.eps": 0,
-        "optim.weight_decay": 0, "optim.max_grad_norm": 0,
+        "optim.lr": 0, "optim.warmup_ratio": 0, "optim.warmup_steps": 0, "optim.warmup_from": 0, "optim.min_lr_ratio": 0,
+        "optim.stable_ratio": 0, "optim.eps": 0, "optim.weight_decay": 0, "optim.max_grad_norm": 0,
     }  # fmt: skip
     for name, least in at_least.items():
         group, key = name.split(".")
         value = getattr(getattr(cfg, group), key)
         if value is not None and not value >= least:  # written so that NaN fails too
             raise ValueError(f"{where}: {name}: expected at least {least}, got {value}.")
-    if cfg.optim.warmup_ratio > 1:
-        raise ValueError(f"{where}: optim.warmup_ratio: expected a share from 0 to 1, got {cfg.optim.warmup_ratio}.")
+    for key in ("warmup_ratio", "warmup_from", "min_lr_ratio", "stable_ratio"):
+        if getattr(cfg.optim, key) > 1:
+            raise ValueError(f"{where}: optim.{key}: expected a share from 0 to 1, got {getattr(cfg.optim, key)}.")
+    _check_schedule(cfg.optim, where)
     if cfg.data.max_prompt_length is not None and cfg.data.max_prompt_length >= cfg.data.max_length:
         raise ValueError(
             f"{where}: data.max_prompt_length: expected less than data.max_length ({cfg.data.max_length}), "
@@ -289,4 +302,29 @@ def _check(cfg: Config, where: str) -> None:
         raise ValueError(
             f"{where}: data.share_prompt: attention '{cfg.model.attention}' cannot share the prompt of a pair. Set "
             "data.share_prompt to false, or model.attention to packed."
+        )
+
+
+def _check_schedule(optim: OptimConfig, where: str) -> None:
+    if optim.schedule == "step":
+        if optim.step_decay is None:
+            raise ValueError(
+                f"{where}: optim.step_decay: expected [every, gamma] with optim.schedule step, got nothing. "
+                "E.g. step_decay: [6212, 0.85]."
+            )
+        every, gamma = optim.step_decay
+        if every < 1 or not 0 < gamma <= 1:
+            raise ValueError(
+                f"{where}: optim.step_decay: expected [every, gamma] with every at least 1 and gamma above 0 and up to "
+                f"1, got [{every}, {gamma}]."
+            )
+    elif optim.step_decay is not None:
+        raise ValueError(
+            f"{where}: optim.step_decay: has no effect with optim.schedule {optim.schedule}. "
+            "Set optim.schedule to step, or leave it out."
+        )
+    if optim.schedule == "wsd" and optim.decay == "exponential" and not optim.min_lr_ratio > 0:
+        raise ValueError(
+            f"{where}: optim.min_lr_ratio: expected more than 0 with optim.decay exponential, which never reaches 0; "
+            f"got {optim.min_lr_ratio}."
         )
