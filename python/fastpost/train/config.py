@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
+from fastpost.train import schedule
 from fastpost.train.strict import Dumper, Loader, build, convert, names, plain, read_yaml, suggest
 
 
@@ -281,8 +282,8 @@ def _check(cfg: Config, where: str) -> None:
         "data.max_length": 2, "data.max_prompt_length": 1, "data.limit": 1, "data.eval_limit": 1, "train.epochs": 1,
         "train.max_steps": 1, "train.batch_size": 1, "train.max_tokens_per_micro_batch": 1, "train.micro_batch_size": 1,
         "train.save_every": 0, "train.keep_latest": 1, "train.eval_every": 0, "train.threads": 1, "log.every": 1,
-        "optim.lr": 0, "optim.warmup_ratio": 0, "optim.warmup_steps": 0, "optim.warmup_from": 0, "optim.min_lr_ratio": 0,
-        "optim.stable_ratio": 0, "optim.eps": 0, "optim.weight_decay": 0, "optim.max_grad_norm": 0,
+        "optim.lr": 0, "optim.warmup_ratio": 0, "optim.warmup_steps": 0, "optim.warmup_from": 0,
+        "optim.min_lr_ratio": 0, "optim.stable_ratio": 0, "optim.eps": 0, "optim.weight_decay": 0, "optim.max_grad_norm": 0,
     }  # fmt: skip
     for name, least in at_least.items():
         group, key = name.split(".")
@@ -292,7 +293,7 @@ def _check(cfg: Config, where: str) -> None:
     for key in ("warmup_ratio", "warmup_from", "min_lr_ratio", "stable_ratio"):
         if getattr(cfg.optim, key) > 1:
             raise ValueError(f"{where}: optim.{key}: expected a share from 0 to 1, got {getattr(cfg.optim, key)}.")
-    _check_schedule(cfg.optim, where)
+    schedule.check(cfg.optim, where)
     if cfg.data.max_prompt_length is not None and cfg.data.max_prompt_length >= cfg.data.max_length:
         raise ValueError(
             f"{where}: data.max_prompt_length: expected less than data.max_length ({cfg.data.max_length}), "
@@ -302,29 +303,4 @@ def _check(cfg: Config, where: str) -> None:
         raise ValueError(
             f"{where}: data.share_prompt: attention '{cfg.model.attention}' cannot share the prompt of a pair. Set "
             "data.share_prompt to false, or model.attention to packed."
-        )
-
-
-def _check_schedule(optim: OptimConfig, where: str) -> None:
-    if optim.schedule == "step":
-        if optim.step_decay is None:
-            raise ValueError(
-                f"{where}: optim.step_decay: expected [every, gamma] with optim.schedule step, got nothing. "
-                "E.g. step_decay: [6212, 0.85]."
-            )
-        every, gamma = optim.step_decay
-        if every < 1 or not 0 < gamma <= 1:
-            raise ValueError(
-                f"{where}: optim.step_decay: expected [every, gamma] with every at least 1 and gamma above 0 and up to "
-                f"1, got [{every}, {gamma}]."
-            )
-    elif optim.step_decay is not None:
-        raise ValueError(
-            f"{where}: optim.step_decay: has no effect with optim.schedule {optim.schedule}. "
-            "Set optim.schedule to step, or leave it out."
-        )
-    if optim.schedule == "wsd" and optim.decay == "exponential" and not optim.min_lr_ratio > 0:
-        raise ValueError(
-            f"{where}: optim.min_lr_ratio: expected more than 0 with optim.decay exponential, which never reaches 0; "
-            f"got {optim.min_lr_ratio}."
         )

@@ -97,3 +97,29 @@ def _decay(step: int, total: int, warmup: int, floor: float, stable_ratio: float
         return 1.0
     progress = min(1.0, (step - begin) / (total - begin))
     return floor**progress if decay == "exponential" else max(floor, DECAYS[decay](progress))
+
+
+def check(optim, where: str) -> None:
+    """Raise ValueError when the schedule fields of an OptimConfig do not fit each other; `where` is named."""
+    if optim.schedule == "step":
+        if optim.step_decay is None:
+            raise ValueError(
+                f"{where}: optim.step_decay: expected [every, gamma] with optim.schedule step, got nothing. "
+                "E.g. step_decay: [6212, 0.85]."
+            )
+        every, gamma = optim.step_decay
+        if every < 1 or not 0 < gamma <= 1:
+            raise ValueError(
+                f"{where}: optim.step_decay: expected [every, gamma] with every at least 1 and gamma above 0 and up to "
+                f"1, got [{every}, {gamma}]."
+            )
+    elif optim.step_decay is not None:
+        raise ValueError(
+            f"{where}: optim.step_decay: has no effect with optim.schedule {optim.schedule}. "
+            "Set optim.schedule to step, or leave it out."
+        )
+    if optim.schedule == "wsd" and optim.decay == "exponential" and not optim.min_lr_ratio > 0:
+        raise ValueError(
+            f"{where}: optim.min_lr_ratio: expected more than 0 with optim.decay exponential, which never reaches 0; "
+            f"got {optim.min_lr_ratio}."
+        )
