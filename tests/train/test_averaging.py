@@ -94,7 +94,7 @@ def test_what_is_not_there_cannot_be_averaged(run, tmp_path, which, expected):
 
 
 def test_average_excludes_step_and_ema(run, tmp_path):
-    with pytest.raises(ValueError, match="names its checkpoints itself. Leave --step and --ema out"):
+    with pytest.raises(ValueError, match=r"names its checkpoints itself\. Leave --step and --ema out"):
         export(run, tmp_path / "x", average="last:2", step=4)
 
 

@@ -62,7 +62,10 @@ def test_a_tied_head_answers_to_both_names():
         ("last:7", "[train] f: expected 1 to 6 layers of this model, got 'last:7'."),
         ("first:0", "[train] f: expected 1 to 6 layers of this model, got 'first:0'."),
         ("mlp(", "[train] f: expected first:N, last:N or a regular expression, got 'mlp(' (missing ), "),
-        ("norm", "[train] f: 'norm' matches model.layers.0.input_layernorm.weight (13 in all), but what it matches is "),
+        (
+            "norm",
+            "[train] f: 'norm' matches model.layers.0.input_layernorm.weight (13 in all), but what it matches is ",
+        ),
     ],
 )
 def test_a_pattern_that_means_nothing(pattern, expected):
@@ -120,7 +123,9 @@ def test_no_weight_decay_on_norms_and_biases_whatever_group_they_are_in():
             if p.ndim < 2:
                 p.normal_()
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
-    steps(net, AdamW(net, precision="fp32", weight_decay=0.1, groups={"layers": GroupConfig(1.0, 0.3)}), decay_only=True)
+    steps(
+        net, AdamW(net, precision="fp32", weight_decay=0.1, groups={"layers": GroupConfig(1.0, 0.3)}), decay_only=True
+    )
     for name, p in net.named_parameters():
         assert torch.equal(p, before[name]) == (p.ndim < 2), name
     assert any("bias" in name for name in before) and any("norm" in name for name in before)
@@ -140,8 +145,8 @@ def test_the_first_group_counts():
         ({"lm_heat": GroupConfig()}, "[train] optim.groups: no parameter matches 'lm_heat'. Did you mean 'lm_head'?"),
         (
             {"layers": GroupConfig(), "mlp": GroupConfig()},
-            "[optim] optim.groups: everything that 'mlp' matches (model.layers.0.mlp.gate_proj.weight, 18 in all) is in "
-            "an earlier group, and the first one counts. Put it before them, or leave it out.",
+            "[optim] optim.groups: everything that 'mlp' matches (model.layers.0.mlp.gate_proj.weight, 18 in all) is "
+            "in an earlier group, and the first one counts. Put it before them, or leave it out.",
         ),
         (
             {"norm": GroupConfig(weight_decay=0.1)},

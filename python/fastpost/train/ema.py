@@ -22,10 +22,11 @@ class Ema:
     decay d it looks back over about 1 / (1 - d) steps, and w_0 keeps the share d^t.
     """
 
-    def __init__(self, optimizer: AdamW, decay: float):
+    def __init__(self, optimizer: AdamW, decay: float, model: torch.nn.Module | None = None):
         if not 0 < decay < 1:
             raise ValueError(f"[optim] optim.ema: expected a decay between 0 and 1, e.g. 0.999, got {decay}.")
         self.decay = decay
+        self._model = model
         self._averages: dict[str, tuple[torch.nn.Parameter, torch.Tensor]] = {}
         for name, parameter, master in optimizer.masters():
             average = torch.empty_like(local(parameter), dtype=torch.float32, requires_grad=False)
@@ -50,6 +51,7 @@ class Ema:
 
         Do not train inside. Takes memory for one copy of the trained weights (none with dtype float32).
         """
+        self._reshard()
         kept = []
         try:
             for parameter, average in self._averages.values():
@@ -61,8 +63,15 @@ class Ema:
                     parameter.data = average.to(dtype or parameter.dtype)
             yield
         finally:
+            self._reshard()
             for (parameter, _), data in zip(self._averages.values(), kept):
                 if local(parameter) is not parameter:
                     local(parameter).copy_(data)
                 else:
                     parameter.data = data
+
+    def _reshard(self) -> None:
+        """After a forward pass alone FSDP keeps what it gathered and would go on computing with that."""
+        for module in self._model.modules() if self._model is not None else ():
+            if hasattr(module, "reshard"):
+                module.reshard()

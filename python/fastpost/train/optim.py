@@ -99,7 +99,7 @@ class AdamW:
                 self._slots.append(_Slot(name, p, moments, remainder, decay, group.lr_ratio))
         if not self._slots:
             raise ValueError("[optim] model: expected at least one trainable parameter, got none.")
-        self.ema = None if ema is None else Ema(self, ema)
+        self.ema = None if ema is None else Ema(self, ema, model if isinstance(model, torch.nn.Module) else None)
 
     @classmethod
     def from_config(cls, model: torch.nn.Module, cfg: Config) -> AdamW:
