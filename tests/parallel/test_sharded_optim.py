@@ -33,12 +33,14 @@ def sharded(mesh, dtype=torch.float32, **options):
     return net
 
 
-def run(net, optimizer, steps=5, first=0, lr=1e-2):
+def run(net, optimizer, steps=5, first=0, lr=1e-2, micro_batches=1):
     """The same rows on every rank: the mean of the ranks' gradients is each one's own, to the bit."""
     for step in range(first, first + steps):
         x = torch.randn(8, 64, generator=torch.Generator().manual_seed(step))
-        with Gradients(optimizer.parameters) as gradients:
-            net(x.to(next(net.parameters()).dtype)).float().square().mean().backward()
+        with Gradients(optimizer.parameters, micro_batches) as gradients:
+            for part in x.to(next(net.parameters()).dtype).chunk(micro_batches):
+                net(part).float().square().mean().backward()
+            assert not any(isinstance(gradients.get(p), DTensor) for p in optimizer.parameters)
             optimizer.step(gradients, step=step, lr=lr)
 
 
@@ -47,10 +49,15 @@ OPTIONS = {"weight_decay": 0.1, "groups": {"wide": GroupConfig(lr_ratio=2.0)}, "
 
 def check_shards_take_the_steps_of_the_whole(rank, world):
     mesh = init_device_mesh("cpu", (world,))
-    whole, net = Net(), sharded(mesh)
-    optimizers = [AdamW(m, precision="fp32", **OPTIONS) for m in (whole, net)]
-    for model, optimizer in zip((whole, net), optimizers, strict=True):
-        run(model, optimizer)
+    for micro_batches in (2, 1):
+        whole, net = Net(), sharded(mesh)
+        optimizers = [AdamW(m, precision="fp32", **OPTIONS) for m in (whole, net)]
+        for model, optimizer in zip((whole, net), optimizers, strict=True):
+            run(model, optimizer, micro_batches=micro_batches)
+        same_steps(mesh, whole, net, optimizers)
+
+
+def same_steps(mesh, whole, net, optimizers):
     for (name, p), q in zip(net.named_parameters(), whole.parameters(), strict=True):
         assert isinstance(p, DTensor)
         # The gradient of "one" is a sum over the batch whose order is the same, so all of it is equal to the bit.

@@ -3,7 +3,8 @@
 
 Moments       float32, or bf16 with v rounded at random; torch's fused AdamW.
 EightBit      one byte a number: 256 neighbours share a float32 scale, and the byte names one of 256 values between
-              -1 and 1 that lie denser towards zero. bitsandbytes' blockwise AdamW (arXiv 2110.02861).
+              -1 and 1 that lie denser towards zero. bitsandbytes' blockwise AdamW (arXiv 2110.02861). Its
+              CPU kernel takes 24 ns a weight on one thread, Moments 3: it is for GPUs and tight memory.
 """
 
 from __future__ import annotations
