@@ -198,15 +198,17 @@ def test_what_freezing_leaves():
     assert "model.embed_tokens.weight" in trained and not any("norm" in n for n in trained) and len(trained) == 15
 
 
-def test_freezing_never_thaws():
+@pytest.mark.parametrize(
+    "options, left", [((["last:2"], []), (4, 5)), (([], ["first:4"]), (4, 5)), (([], []), range(6))]
+)
+def test_freezing_never_thaws(options, left):
     """Under an adapter the base weights are frozen; "last:2" then means the adapter's weights in these layers."""
     net = model()
     for name, p in net.named_parameters():
         p.requires_grad_("q_proj" in name)
-    freeze(net, ["last:2"], [])
-    assert [n for n, p in net.named_parameters() if p.requires_grad] == [
-        f"model.layers.{i}.self_attn.q_proj.weight" for i in (4, 5)
-    ]
+    freeze(net, *options)
+    trained = [n for n, p in net.named_parameters() if p.requires_grad]
+    assert trained == [f"model.layers.{i}.self_attn.q_proj.weight" for i in left]
 
 
 def test_freezing_everything_is_an_error():
