@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import tiny
-from fastpost.train.config import Config, dump, field_names, help_text, load_config
+from fastpost.train.config import Config, GroupConfig, dump, field_names, help_text, load_config
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_misspelt_key_names_file_key_and_suggestion(recipe):
 
 def test_misspelt_choice(recipe):
     path = recipe(optim={"schedule": "cosin"})
-    text = "optim.schedule: expected one of cosine, linear, constant; got 'cosin'. Did you mean 'cosine'?"
+    text = "optim.schedule: expected one of cosine, linear, constant, wsd, step; got 'cosin'. Did you mean 'cosine'?"
     assert message(path) == f"{path}: {text}"
 
 
@@ -63,6 +63,48 @@ def test_numbers_without_a_dot_are_floats(recipe):
         ("train: {batch_size: 0}", "train.batch_size: expected at least 1, got 0."),
         ("optim: {lr: .nan}", "optim.lr: expected at least 0, got nan."),
         ("optim: {warmup_ratio: 3}", "optim.warmup_ratio: expected a share from 0 to 1, got 3.0."),
+        ("optim: {stable_ratio: 90}", "optim.stable_ratio: expected a share from 0 to 1, got 90.0."),
+        (
+            "optim: {schedule: step}",
+            "optim.step_decay: expected [every, gamma] with optim.schedule step, got nothing. "
+            "E.g. step_decay: [6212, 0.85].",
+        ),
+        (
+            "optim: {schedule: step, step_decay: [0.85, 6212]}",
+            "optim.step_decay[0]: expected a whole number, got a number (float) 0.85.",
+        ),
+        (
+            "optim: {schedule: step, step_decay: [10, 8.5]}",
+            "optim.step_decay: expected [every, gamma] with every at least 1 and gamma above 0 and up to 1, "
+            "got [10, 8.5].",
+        ),
+        (
+            "optim: {step_decay: [10, 0.5]}",
+            "optim.step_decay: has no effect with optim.schedule cosine. Set optim.schedule to step, or leave it out.",
+        ),
+        (
+            "optim: {groups: {lm_head: {lr_ration: 0.1}}}",
+            "unknown key 'optim.groups.lm_head.lr_ration'. Did you mean 'lr_ratio'?",
+        ),
+        (
+            "optim: {groups: {lm_head: 0.1}}",
+            "optim.groups.lm_head: expected a mapping of lr_ratio, weight_decay, got a number (float) 0.1.",
+        ),
+        ("optim: {groups: [lm_head]}", "optim.groups: expected a mapping, got a list ['lm_head']."),
+        (
+            "optim: {groups: {lm_head: {lr_ratio: -1}}}",
+            "optim.groups.lm_head.lr_ratio: expected at least 0, got -1.0.",
+        ),
+        ("optim: {ema: 1}", "optim.ema: expected a decay between 0 and 1, e.g. 0.999, got 1.0."),
+        ("optim: {ema: 0}", "optim.ema: expected a decay between 0 and 1, e.g. 0.999, got 0.0."),
+        (
+            "optim: {name: adam8bit}",
+            "optim.name: expected one of adamw, adamw8bit; got 'adam8bit'. Did you mean 'adamw8bit'?",
+        ),
+        (
+            "optim: {schedule: wsd, decay: exponential}",
+            "optim.min_lr_ratio: expected more than 0 with optim.decay exponential, which never reaches 0; got 0.0.",
+        ),
     ],
 )
 def test_wrong_values_name_the_field(recipe, yaml_text, expected):
@@ -130,6 +172,19 @@ def test_dump_reads_back_equal(recipe, tmp_path):
     assert load_config(copy) == cfg
     assert "lr: 1.0e-06" in copy.read_text()  # a float for every YAML reader, not only ours
     assert cfg.train.output_dir == "runs/my"
+
+
+def test_groups_and_lists_read_back_equal(recipe, tmp_path):
+    path = recipe("optim: {groups: {embed|head: {lr_ratio: 0.1}, mlp: {weight_decay: 1e-2}}, schedule: wsd}\n")
+    cfg = load_config(path, ["--model.train", "[last:4, lm_head]", "--model.freeze", "last:1", "--data.limit", "3"])
+    assert cfg.model.train == ["last:4", "lm_head"] and cfg.model.freeze == ["last:1"]  # one alone needs no brackets
+    assert cfg.optim.groups == {"embed|head": GroupConfig(lr_ratio=0.1), "mlp": GroupConfig(weight_decay=0.01)}
+    copy = tmp_path / "config.yaml"
+    copy.write_text(dump(cfg))
+    assert load_config(copy) == cfg
+    stepped = load_config(recipe("optim: {schedule: step, step_decay: [6212, 0.85]}\n"))
+    copy.write_text(dump(stepped))
+    assert load_config(copy) == stepped and stepped.optim.step_decay == (6212, 0.85)
 
 
 def test_every_field_is_documented_and_there_are_few():

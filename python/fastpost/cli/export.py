@@ -20,9 +20,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--dtype", choices=("bf16", "fp32", "fp16"), help="precision to write (default: as the start model)"
     )
+    parser.add_argument("--ema", action="store_true", help="the moving average of the weights (optim.ema)")
+    parser.add_argument(
+        "--average",
+        metavar="WHICH",
+        help="the mean of checkpoints: last:6, or steps such as 100,200,final (final is the finished model)",
+    )
+    parser.add_argument(
+        "--updates", action="store_true", help="print how far each layer has moved from the start model"
+    )
     args = parser.parse_args(argv)
 
     from fastpost.train.export import export
 
-    print(export(args.run, args.out, step=args.step, dtype=args.dtype))
+    options = {"ema": args.ema, "average": args.average, "updates": args.updates}
+    print(export(args.run, args.out, step=args.step, dtype=args.dtype, **options))
     return 0

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -61,10 +62,13 @@ def load_model(
     return model
 
 
-def save_folder(model, source: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> Path:
+def save_folder(
+    model, source: str | Path, out: str | Path, dtype: torch.dtype | None = None, *, unchanged: Collection[str] = ()
+) -> Path:
     """Write `model` as the folder `source` with other numbers: same keys, same shards, every other file byte for byte.
 
-    dtype None = each tensor in the dtype it has in `source`. Written beside `out` and renamed, so `out` is whole or
+    dtype None = each tensor in the dtype it has in `source`. `unchanged`: keys whose tensors are taken from `source`
+    (frozen weights, of which the model may hold a rounded copy). Written beside `out` and renamed, so `out` is whole or
     absent. Raises ValueError when `out` exists and is not empty."""
     source, out = _checked(source), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -73,7 +77,7 @@ def save_folder(model, source: str | Path, out: str | Path, dtype: torch.dtype |
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        _write_weights(model, source, aside, dtype)
+        _write_weights(model, source, aside, dtype, unchanged)
         for file in source.iterdir():
             weights = file.suffix in (".safetensors", *PICKLED) or file.name.endswith(".index.json")
             if file.is_file() and not file.name.startswith(".") and not weights:
@@ -134,7 +138,7 @@ def _header(file: Path) -> dict[str, dict]:
     return header
 
 
-def _write_weights(model, source: Path, out: Path, dtype: torch.dtype | None) -> None:
+def _write_weights(model, source: Path, out: Path, dtype: torch.dtype | None, unchanged: Collection[str]) -> None:
     headers = {file: _header(file) for file in weight_files(source)}
     wanted = {key for header in headers.values() for key in header}
     state = model.state_dict()
@@ -157,12 +161,12 @@ def _write_weights(model, source: Path, out: Path, dtype: torch.dtype | None) ->
         with safe_open(file, "pt") as old:
             # A key the model does not have (an old buffer) keeps its value. Each tensor is copied: safetensors refuses
             # shared memory, and a folder with both halves of a tied pair stays one.
-            tensors = {
-                key: state[key].to("cpu", dtype or _dtype(entry), copy=True).contiguous()
-                if key in state
-                else old.get_tensor(key)
-                for key, entry in header.items()
-            }
+            tensors = {}
+            for key, entry in header.items():
+                tensor = old.get_tensor(key) if key not in state or key in unchanged else state[key]
+                if key in state:
+                    tensor = tensor.to("cpu", dtype or _dtype(entry), copy=tensor is state[key]).contiguous()
+                tensors[key] = tensor
         size += sum(t.nbytes for t in tensors.values())
         save_file(tensors, out / file.name, metadata={"format": "pt"})
     index = source / "model.safetensors.index.json"

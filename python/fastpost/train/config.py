@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
+from fastpost.train import schedule
 from fastpost.train.strict import Dumper, Loader, build, convert, names, plain, read_yaml, suggest
 
 
@@ -32,6 +33,11 @@ class ModelConfig:
     attention: str = "packed"
     """packed = fastpost's attention over packed rows. Any other name is handed to transformers (sdpa,
     flash_attention_2) and needs data.share_prompt false."""
+    train: list[str] = field(default_factory=list)
+    """Train only what one of these matches; [] = everything. last:4 and first:5 are so many of the layers; anything
+    else is a regular expression over parameter names, e.g. [last:4, lm_head]."""
+    freeze: list[str] = field(default_factory=list)
+    """Leave out of training what one of these matches, in the same words."""
 
 
 @dataclass
@@ -76,23 +82,51 @@ class ObjectiveConfig:
 
 
 @dataclass
+class GroupConfig:
+    """What differs for the parameters of one entry of optim.groups."""
+
+    lr_ratio: float = 1.0
+    """Their lr as a share of the schedule's."""
+    weight_decay: float | None = None
+    """Their weight decay; None = optim.weight_decay. Norms and biases get none either way."""
+
+
+@dataclass
 class OptimConfig:
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit keeps the moments of all but embeddings in 8 bits: 6 bytes a trained weight less. Needs bitsandbytes:
+    pip install 'fastpost[adamw8bit]'."""
     lr: float = 1e-6
     """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up: cosine or linear down to min_lr_ratio * lr, or constant."""
+    schedule: Literal["cosine", "linear", "constant", "wsd", "step"] = "cosine"
+    """Shape after the warm-up: cosine or linear down to min_lr_ratio * lr; constant; wsd = constant until stable_ratio
+    of all steps, then `decay`; step = times step_decay's gamma each so many steps."""
     warmup_ratio: float = 0.1
     """Share of all steps over which lr rises linearly from 0."""
     warmup_steps: int | None = None
     """The same as a number of steps; overrides warmup_ratio."""
+    warmup_from: float = 0.0
+    """Where the warm-up begins, as a share of the peak."""
     min_lr_ratio: float = 0.0
-    """Final lr as a share of the peak."""
+    """Final lr as a share of the peak; with wsd and step it goes no lower."""
+    stable_ratio: float = 0.9
+    """wsd: share of all steps, warm-up included, before the decay begins; 1 = it never does."""
+    decay: Literal["linear", "cosine", "sqrt", "exponential"] = "linear"
+    """wsd: shape of the decay. sqrt = 1 - sqrt(progress); exponential = min_lr_ratio ** progress."""
+    step_decay: tuple[int, float] | None = None
+    """step: [every, gamma], e.g. [6212, 0.85]."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates."""
     eps: float = 1e-8
     """AdamW's epsilon."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay; biases and norms are left out."""
+    groups: dict[str, GroupConfig] = field(default_factory=dict)
+    """Other rates for some parameters, {pattern: {lr_ratio, weight_decay}} with patterns as in model.train and the
+    first match counting, e.g. {embed_tokens|lm_head: {lr_ratio: 0.1, weight_decay: 0}}."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the weights (e.g. 0.999), evaluated as eval_ema/* and written to
+    model-ema; None = none."""
     max_grad_norm: float | None = 1.0
     """Clip the global gradient norm to this; None = never."""
     precision: Literal["bf16", "fp32", "pure-bf16"] = "bf16"
@@ -184,7 +218,9 @@ def to_dict(cfg: Config) -> dict:
     """Plain nested dict, the inverse of `from_dict`."""
     tree = dataclasses.asdict(cfg)
     tree["objective"] = {"name": cfg.objective.name, **cfg.objective.fields}
-    tree["optim"]["betas"] = list(cfg.optim.betas)
+    for key in ("betas", "step_decay"):
+        value = getattr(cfg.optim, key)
+        tree["optim"][key] = None if value is None else list(value)
     return tree
 
 
@@ -270,16 +306,26 @@ def _check(cfg: Config, where: str) -> None:
         "data.max_length": 2, "data.max_prompt_length": 1, "data.limit": 1, "data.eval_limit": 1, "train.epochs": 1,
         "train.max_steps": 1, "train.batch_size": 1, "train.max_tokens_per_micro_batch": 1, "train.micro_batch_size": 1,
         "train.save_every": 0, "train.keep_latest": 1, "train.eval_every": 0, "train.threads": 1, "log.every": 1,
-        "optim.lr": 0, "optim.warmup_ratio": 0, "optim.warmup_steps": 0, "optim.min_lr_ratio": 0, "optim.eps": 0,
-        "optim.weight_decay": 0, "optim.max_grad_norm": 0,
+        "optim.lr": 0, "optim.warmup_ratio": 0, "optim.warmup_steps": 0, "optim.warmup_from": 0,
+        "optim.min_lr_ratio": 0, "optim.stable_ratio": 0, "optim.eps": 0, "optim.weight_decay": 0,
+        "optim.max_grad_norm": 0,
     }  # fmt: skip
     for name, least in at_least.items():
         group, key = name.split(".")
         value = getattr(getattr(cfg, group), key)
         if value is not None and not value >= least:  # written so that NaN fails too
             raise ValueError(f"{where}: {name}: expected at least {least}, got {value}.")
-    if cfg.optim.warmup_ratio > 1:
-        raise ValueError(f"{where}: optim.warmup_ratio: expected a share from 0 to 1, got {cfg.optim.warmup_ratio}.")
+    for key in ("warmup_ratio", "warmup_from", "min_lr_ratio", "stable_ratio"):
+        if getattr(cfg.optim, key) > 1:
+            raise ValueError(f"{where}: optim.{key}: expected a share from 0 to 1, got {getattr(cfg.optim, key)}.")
+    schedule.check(cfg.optim, where)
+    for pattern, group in cfg.optim.groups.items():
+        for key in ("lr_ratio", "weight_decay"):
+            value = getattr(group, key)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{where}: optim.groups.{pattern}.{key}: expected at least 0, got {value}.")
+    if cfg.optim.ema is not None and not 0 < cfg.optim.ema < 1:
+        raise ValueError(f"{where}: optim.ema: expected a decay between 0 and 1, e.g. 0.999, got {cfg.optim.ema}.")
     if cfg.data.max_prompt_length is not None and cfg.data.max_prompt_length >= cfg.data.max_length:
         raise ValueError(
             f"{where}: data.max_prompt_length: expected less than data.max_length ({cfg.data.max_length}), "

@@ -17,6 +17,7 @@ from fastpost.hf.model import backbone, head, verify
 from fastpost.ops.preference_loss import schedule_of
 
 from .config import Config
+from .freezing import freeze
 from .optim import COMPUTE_DTYPE
 from .recompute import recompute
 
@@ -65,6 +66,7 @@ def load_policy(cfg: Config, device: torch.device) -> torch.nn.Module:
         if not math.isfinite(p.detach().sum(dtype=torch.float32)):
             raise ValueError(f"[train] {cfg.model.path}: {name} holds NaN or infinity. Fetch the folder again.")
     verify(model)
+    freeze(model, cfg.model.train, cfg.model.freeze)
     recompute(model, cfg.train.gradient_checkpointing, device)
     return model.to(device)
 

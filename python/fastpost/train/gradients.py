@@ -19,7 +19,14 @@ CUDA_PIECE = 1 << 26
 
 def pieces(tensor: torch.Tensor) -> list[torch.Tensor]:
     """A tensor as flat slices, small enough that float32 temporaries of one slice cost no memory worth naming."""
-    return list(tensor.detach().reshape(-1).split(CPU_PIECE if tensor.device.type == "cpu" else CUDA_PIECE))
+    tensor = local(tensor).detach()
+    return list(tensor.reshape(-1).split(CPU_PIECE if tensor.device.type == "cpu" else CUDA_PIECE))
+
+
+@torch.no_grad()
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a DTensor, in the same memory; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class Gradients:
@@ -48,8 +55,10 @@ class Gradients:
         self._clear()
 
     def get(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
-        """The summed gradient, in the parameter's dtype (one micro-batch) or float32 (several); None if it got none."""
-        return parameter.grad if self._sums is None else self._sums.get(parameter)
+        """The summed gradient, in the parameter's dtype (one micro-batch) or float32 (several); None if it got none.
+        Of a DTensor: this rank's shard."""
+        gradient = parameter.grad if self._sums is None else self._sums.get(parameter)
+        return None if gradient is None else local(gradient)
 
     def take(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
         """`get`, and let go of it: the memory is free once the caller drops it."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from fastpost import objectives
 from fastpost.data.loader import Dataset, load_dataset
 from fastpost.hf import folder
 
-from . import checkpoint, plot, reference
+from . import checkpoint, freezing, moments, plot, reference
 from .config import Config
 from .device import pick_device
 from .evaluate import evaluate
@@ -53,6 +54,8 @@ def _train(cfg: Config, run: RunFolder) -> None:
     torch.manual_seed(cfg.train.seed)
 
     # What can be wrong with settings and data is found before any weight is read.
+    if cfg.optim.name == "adamw8bit":
+        moments.library()
     objective = objectives.from_name(cfg.objective.name, **cfg.objective.fields)
     source = reference.source(cfg.model.reference, objective)
     data = load_data(cfg, objective, source)
@@ -62,14 +65,8 @@ def _train(cfg: Config, run: RunFolder) -> None:
         parts["eval"] = plan.cut(data["eval"], list(range(len(data["eval"]))))
 
     model = load_policy(cfg, device)
-    optimizer = AdamW(
-        model,
-        precision=cfg.optim.precision,
-        betas=cfg.optim.betas,
-        eps=cfg.optim.eps,
-        weight_decay=cfg.optim.weight_decay,
-        seed=cfg.train.seed,
-    )
+    print(freezing.summary(model), flush=True)
+    optimizer = AdamW.from_config(model, cfg)
     if source == "start":
         reference.attach(data, parts, run.reference, lambda: model)
     elif source not in ("none", "columns"):
@@ -84,8 +81,14 @@ def _train(cfg: Config, run: RunFolder) -> None:
     with RunLog(run.path, finished=start, total=plan.steps, every=cfg.log.every) as log:
 
         def held_out(step: int) -> None:
-            if "eval" in data:
-                log.evaluation(step, evaluate(model, objective, map(data["eval"].batch, parts["eval"])))
+            if "eval" not in data:
+                return
+            values = evaluate(model, objective, map(data["eval"].batch, parts["eval"]))
+            if optimizer.ema is not None and step > 0:
+                with optimizer.ema.applied():
+                    averaged = evaluate(model, objective, map(data["eval"].batch, parts["eval"]))
+                values |= {f"ema/{name}": value for name, value in averaged.items() if name != "rows"}
+            log.evaluation(step, values)
 
         if newest:
             log.say(f"resume from {newest}")
@@ -126,11 +129,16 @@ def _train(cfg: Config, run: RunFolder) -> None:
                 log.sync()
                 checkpoint.save(run.checkpoints, step + 1, model, optimizer, keep=cfg.train.keep_latest)
 
-    if wider_than_bf16(Path(cfg.model.path)):
-        optimizer.widen()
-    del optimizer
+    unchanged = freezing.frozen_names(model)
     try:
-        folder.save_folder(model, cfg.model.path, run.model)
+        if optimizer.ema is not None:
+            shutil.rmtree(run.model_ema, ignore_errors=True)  # of an end that was cut short
+            with optimizer.ema.applied(torch.float32):
+                folder.save_folder(model, cfg.model.path, run.model_ema, unchanged=unchanged)
+        if wider_than_bf16(Path(cfg.model.path)):
+            optimizer.widen()
+        optimizer.drop()
+        folder.save_folder(model, cfg.model.path, run.model, unchanged=unchanged)
     except (OSError, SafetensorError) as error:
         begin = checkpoint.latest(run.checkpoints) or "the beginning (train.save_every is 0)"
         raise checkpoint.CheckpointError(

@@ -12,19 +12,25 @@ Three ways out:
                random whether to round up or down, in proportion, so the expected update is right (stochastic
                rounding).
 
-Bytes a weight besides the gradient: 12, 12, 6. The update is torch's fused AdamW on float32 pieces that fit the
-cache, one parameter after the other, each gradient freed as soon as it is used.
+Bytes a trained weight besides the gradient: 12, 12, 6. With adamw8bit the moments take 2.03 together instead of 8 or 4:
+6.03, 6.03, 4.03; embeddings and tensors of fewer than 4096 numbers keep wide ones. optim.ema adds 4. Frozen weights
+are what the model computes in and nothing else. The update is torch's fused AdamW (or bitsandbytes' 8-bit one) on
+float32 pieces that fit the cache, one parameter after the other, each gradient freed as soon as it is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch.optim.adamw import adamw
 
-from .gradients import Gradients, pieces
+from .config import Config, GroupConfig
+from .ema import Ema
+from .gradients import Gradients, local, pieces
+from .moments import SMALLEST, EightBit, Moments, Update
+from .parameters import Parameters
+from .rounding import join, split, stochastic_round
 
 COMPUTE_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32, "pure-bf16": torch.bfloat16}
 
@@ -35,10 +41,10 @@ class _Slot:
 
     name: str
     parameter: torch.nn.Parameter
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
+    moments: Moments | EightBit | None
     remainder: torch.Tensor | None
     weight_decay: float
+    lr_ratio: float
 
 
 class AdamW:
@@ -47,16 +53,27 @@ class AdamW:
     Give it the model with the precision of its files: float32 weights become bf16 plus remainder one parameter at a
     time, so a second copy of the model never exists. Weights shared by two modules (tied embeddings) are one
     parameter. Parameters with fewer than two dimensions (norms, biases) get no weight decay.
+
+    `model`: a module or (name, parameter) pairs. Of DTensors (FSDP2) this rank's shards are trained, state is made
+    for and `tensors` hands out shards, and their dtype is left alone: shards in float32 are their own master weights,
+    FSDP's mixed precision makes the bf16 ones.
+
+    `groups`: {pattern: lr_ratio and weight_decay} for the parameters that match; the first match counts, see
+    Parameters.select for patterns. `eight_bit`: moments in 8 bits, by bitsandbytes. `ema`: decay of an average of the
+    weights, in `.ema`.
     """
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: torch.nn.Module | Iterable[tuple[str, torch.nn.Parameter]],
         *,
         precision: str = "bf16",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        groups: Mapping[str, GroupConfig] | None = None,
+        eight_bit: bool = False,
+        ema: float | None = None,
         seed: int = 0,
     ):
         if precision not in COMPUTE_DTYPE:
@@ -64,16 +81,41 @@ class AdamW:
         self.precision, self.betas, self.eps, self.seed = precision, betas, eps, seed
         self._slots: list[_Slot] = []
         self._random: dict[torch.device, torch.Generator] = {}
-        moments = torch.bfloat16 if precision == "pure-bf16" else torch.float32
-        for name, p in model.named_parameters():
+        parameters = Parameters(model if isinstance(model, torch.nn.Module) else list(model))
+        grouped = _resolve(parameters, groups or {})
+        embeddings = _embeddings(model) if isinstance(model, torch.nn.Module) else set()
+        for name, p in parameters.items():
             if p.requires_grad and not p.is_contiguous():
                 raise ValueError(f"[optim] {name}: expected a contiguous parameter. Call .contiguous() on it first.")
             remainder = _narrow(p, COMPUTE_DTYPE[precision], keep=precision == "bf16" and p.requires_grad)
             if p.requires_grad:
-                m, v = (torch.zeros_like(p, dtype=moments, requires_grad=False) for _ in range(2))
-                self._slots.append(_Slot(name, p, m, v, remainder, weight_decay if p.ndim > 1 else 0.0))
+                if eight_bit and p.numel() >= SMALLEST and id(p) not in embeddings:
+                    moments = EightBit(local(p))
+                else:
+                    moments = Moments(local(p), torch.bfloat16 if precision == "pure-bf16" else torch.float32)
+                group = grouped.get(name, GroupConfig())
+                decay = weight_decay if group.weight_decay is None else group.weight_decay
+                decay = decay if p.ndim > 1 else 0.0
+                self._slots.append(_Slot(name, p, moments, remainder, decay, group.lr_ratio))
         if not self._slots:
             raise ValueError("[optim] model: expected at least one trainable parameter, got none.")
+        self.ema = None if ema is None else Ema(self, ema, model if isinstance(model, torch.nn.Module) else None)
+
+    @classmethod
+    def from_config(cls, model: torch.nn.Module, cfg: Config) -> AdamW:
+        """The optimizer that a run's configuration asks for."""
+        o = cfg.optim
+        return cls(
+            model,
+            precision=o.precision,
+            betas=o.betas,
+            eps=o.eps,
+            weight_decay=o.weight_decay,
+            groups=o.groups,
+            eight_bit=o.name == "adamw8bit",
+            ema=o.ema,
+            seed=cfg.train.seed,
+        )
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -91,87 +133,84 @@ class AdamW:
             gradient = gradients.take(slot.parameter)
             if gradient is None:
                 continue
-            random = self._generator(slot.parameter.device, step, index) if self.precision == "pure-bf16" else None
+            random = self._generator(slot.parameter, step, index) if self.precision == "pure-bf16" else None
+            how = Update(step, lr * slot.lr_ratio, self.betas, self.eps, slot.weight_decay)
             remainders = pieces(slot.remainder) if slot.remainder is not None else None
-            parts = zip(*map(pieces, (slot.parameter, gradient, slot.exp_avg, slot.exp_avg_sq)), strict=True)
-            for i, (weight, g, m, v) in enumerate(parts):
+            parts = zip(pieces(slot.parameter), pieces(gradient), slot.moments.pieces(), strict=True)
+            for i, (weight, g, state) in enumerate(parts):
                 # In fp32 mode .float() returns the piece itself, so the update is in place.
-                wide = join(weight, remainders[i]) if remainders else weight.float()
-                wide_m, wide_v = m.float(), v.float()
-                self._update(wide, g.float() * scale, wide_m, wide_v, slot.weight_decay, step, lr)
+                wide, bits = join(weight, remainders[i]) if remainders else weight.float(), None
+                if random is not None:  # random_ makes 31 bits: 16 for the weight, 15 for v
+                    bits = torch.empty(wide.shape, dtype=torch.int32, device=wide.device).random_(generator=random)
+                slot.moments.update(state, wide, g.float() * scale, how, None if bits is None else bits >> 15)
                 if remainders:
                     split(wide, weight, remainders[i])
-                elif random is not None:
-                    bits = torch.empty(wide.shape, dtype=torch.int32, device=wide.device).random_(generator=random)
+                elif bits is not None:
                     weight.copy_(stochastic_round(wide, bits & 0xFFFF))
-                    # The step of v, a thousandth, is below half a bf16 ulp too; that of m, a tenth, is not. random_
-                    # makes 31 bits.
-                    v.copy_(stochastic_round(wide_v, bits >> 15))
-                    m.copy_(wide_m)
+        if self.ema is not None:
+            self.ema.update(self)
 
-    def _update(self, weight, gradient, m, v, weight_decay: float, step: int, lr: float) -> None:
-        done = torch.full((), float(step), device=weight.device)
-        adamw(
-            [weight], [gradient], [m], [v], [], [done], fused=True, amsgrad=False, maximize=False,
-            beta1=self.betas[0], beta2=self.betas[1], lr=lr, weight_decay=weight_decay, eps=self.eps,
-        )  # fmt: skip
-
-    def _generator(self, device: torch.device, step: int, index: int) -> torch.Generator:
-        """Random bits as a pure function of (seed, step, parameter), so that a resumed run draws the same ones."""
-        generator = self._random.setdefault(device, torch.Generator(device))
-        return generator.manual_seed(((self.seed * 1_000_003 + step) * 1_000_003 + index) % 2**63)
+    def _generator(self, parameter: torch.nn.Parameter, step: int, index: int) -> torch.Generator:
+        """Random bits as a pure function of (seed, step, parameter, shard), so that a resumed run draws the same
+        ones."""
+        generator = self._random.setdefault(parameter.device, torch.Generator(parameter.device))
+        number = (self.seed * 1_000_003 + step) * 1_000_003 + index + shard(parameter) * 1_000_000_007
+        return generator.manual_seed(number % 2**63)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The optimizer's state by name, as live tensors: write them to save it, copy into them to restore it."""
         for s in self._slots:
-            yield f"exp_avg.{s.name}", s.exp_avg
-            yield f"exp_avg_sq.{s.name}", s.exp_avg_sq
+            for kind, tensor in s.moments.tensors():
+                yield f"{kind}.{s.name}", tensor
             if s.remainder is not None:
                 yield f"remainder.{s.name}", s.remainder
+        if self.ema is not None:
+            yield from self.ema.tensors()
+
+    def masters(self) -> Iterator[tuple[str, torch.nn.Parameter, Iterator[torch.Tensor]]]:
+        """(name, parameter, its weights in float32, piece by piece), to be read at once and not written."""
+        for s in self._slots:
+            if s.remainder is None:
+                yield s.name, s.parameter, (w.float() for w in pieces(s.parameter))
+            else:
+                yield s.name, s.parameter, map(join, pieces(s.parameter), pieces(s.remainder))
 
     @torch.no_grad()
-    def widen(self) -> None:
-        """Give the model its float32 master weights back, for saving in full precision. Ends training: the state is
-        dropped."""
+    def widen(self, *, ema: bool = False) -> None:
+        """Give the model its float32 master weights back, or their average, for saving in full precision, and `drop`
+        the state."""
         for s in self._slots:
-            s.exp_avg = s.exp_avg_sq = None
-            if s.remainder is not None:
-                parts = zip(pieces(s.parameter), pieces(s.remainder), strict=True)
-                s.parameter.data = torch.cat([join(w, r) for w, r in parts]).view(s.parameter.shape)
+            s.moments = None
+        averages = dict(self.ema.tensors()) if ema else {}
+        self.ema = None
+        for s, (name, p, wide) in zip(self._slots, self.masters(), strict=True):
+            if ema:
+                p.data = averages.pop(f"ema.{name}")
+            elif s.remainder is not None:
+                p.data = torch.cat(list(wide)).view(p.shape)
+        self.drop()
+
+    def drop(self) -> None:
+        """Let go of all state. Ends training."""
+        self.ema = None
         self._slots.clear()
 
 
-def join(weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
-    """bf16 value + int16 remainder -> the float32 master weight."""
-    wide = weight.float()
-    wide.view(torch.int32).add_(remainder)
-    return wide
-
-
-def split(wide: torch.Tensor, weight: torch.Tensor, remainder: torch.Tensor) -> None:
-    """Write the float32 `wide` into `weight` (bf16, to nearest) and `remainder` (int16). `join` gives it back to the
-    bit.
-
-    Half-way cases round away from zero, not to even: only so does the remainder, in [-2^15, 2^15), fit 16 bits.
-    """
-    bits = wide.view(torch.int32)
-    kept = (bits + 0x8000).bitwise_and_(-65536)
-    weight.copy_(kept.view(torch.float32))  # exact: the cut-off half is zero
-    remainder.copy_(bits - kept)
-
-
-def stochastic_round(wide: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """float32 -> float32 values that bf16 holds exactly, rounded away from zero with probability the fraction cut off.
-
-    `bits`: int32, uniform in [0, 2^16). Adding them to the bit pattern carries into the kept half with just that
-    probability.
-    """
-    return (wide.view(torch.int32) + bits).bitwise_and_(-65536).view(torch.float32)
+def shard(parameter: torch.Tensor) -> int:
+    """Which part of a DTensor this rank holds, from 0; ranks that hold the same part (replicas) have the same number.
+    0 for any other tensor."""
+    index, mesh = 0, getattr(parameter, "device_mesh", None)
+    for dim, placement in enumerate(parameter.placements if mesh is not None else ()):
+        if not placement.is_replicate():
+            index = index * mesh.size(dim) + mesh.get_local_rank(dim)
+    return index
 
 
 def _narrow(parameter: torch.nn.Parameter, dtype: torch.dtype, keep: bool) -> torch.Tensor | None:
     """Convert a parameter in place; `keep`: return what bf16 cannot hold, as int16."""
-    source = parameter.data
+    source = local(parameter).detach()
+    if hasattr(parameter, "device_mesh"):  # FSDP's memory: neither moved nor cast
+        return torch.zeros_like(source, dtype=torch.int16) if keep and source.dtype == dtype else None
     if not keep:
         parameter.data = source.to(dtype)
         return None
@@ -181,3 +220,29 @@ def _narrow(parameter: torch.nn.Parameter, dtype: torch.dtype, keep: bool) -> to
         split(wide.float(), w, r)
     parameter.data = weight
     return remainder
+
+
+def _embeddings(model: torch.nn.Module) -> set[int]:
+    """Input embeddings, by id: their gradients differ so much from row to row that the authors of 8-bit AdamW keep
+    their moments wide, as transformers' Trainer does."""
+    return {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+
+
+def _resolve(parameters: Parameters, groups: Mapping[str, GroupConfig]) -> dict[str, GroupConfig]:
+    """{parameter name: its group}. Raises ValueError for a group that nothing is in or that changes nothing."""
+    named, found = dict(parameters.items()), {}
+    for pattern, group in groups.items():
+        names = parameters.select(pattern, "optim.groups")
+        mine = [name for name in names if name not in found]
+        if not mine:
+            raise ValueError(
+                f"[optim] optim.groups: everything that '{pattern}' matches ({names[0]}, {len(names)} in all) is in an "
+                "earlier group, and the first one counts. Put it before them, or leave it out."
+            )
+        if group.weight_decay and all(named[name].ndim < 2 for name in mine):
+            raise ValueError(
+                f"[optim] optim.groups: '{pattern}' matches norms and biases alone ({mine[0]}, {len(mine)} in all), "
+                "which get no weight decay. Leave weight_decay out there."
+            )
+        found |= dict.fromkeys(mine, group)
+    return found

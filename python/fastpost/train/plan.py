@@ -21,6 +21,7 @@ class Plan:
         if cfg.train.max_steps is not None:
             self.steps = min(self.steps, cfg.train.max_steps)
         self.warmup = warmup_steps(self.steps, cfg.optim.warmup_ratio, cfg.optim.warmup_steps)
+        self.lr(self.steps - 1)  # a schedule that does not fit the number of steps is an error now, not in an hour
         self._epoch, self._order = -1, []
 
     def rows(self, step: int) -> list[int]:
@@ -48,7 +49,17 @@ class Plan:
 
     def lr(self, step: int) -> float:
         o = self.cfg.optim
-        return o.lr * factor(step, total=self.steps, warmup=self.warmup, shape=o.schedule, floor=o.min_lr_ratio)
+        return o.lr * factor(
+            step,
+            total=self.steps,
+            warmup=self.warmup,
+            shape=o.schedule,
+            floor=o.min_lr_ratio,
+            warmup_from=o.warmup_from,
+            stable_ratio=o.stable_ratio,
+            decay=o.decay,
+            step_decay=o.step_decay,
+        )
 
     def epoch(self, finished: int) -> float:
         """Epochs done after `finished` steps."""

@@ -2,6 +2,7 @@
 """The folder of a run: never overwritten, resumed only by the run that made it.
 
 run/config.yaml  metrics.jsonl  timing.jsonl  loss.png  reference.safetensors  checkpoints/step-000010/  model/
+model-ema/ with optim.ema
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class RunFolder:
         self.reference = self.path / "reference.safetensors"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
+        self.model_ema = self.path / "model-ema"
         self.plot = self.path / "loss.png"
         self._refuse_foreign()
         self.path.mkdir(parents=True, exist_ok=True)

@@ -95,6 +95,14 @@ def convert(value: Any, kind: Any, name: str, where: str) -> Any:
             return {
                 convert(k, args[0], name, where): convert(v, args[1], f"{name}.{k}", where) for k, v in value.items()
             }
+    elif dataclasses.is_dataclass(kind):
+        if isinstance(value, dict):
+            return build(kind, value, f"{name}.", where)
+    elif origin is list:
+        if value is None or isinstance(value, str):  # none, or one entry without the brackets
+            value = [value] if value else []
+        if isinstance(value, (list, tuple)):
+            return [convert(v, args[0], f"{name}[{i}]", where) for i, v in enumerate(value)]
     elif origin is tuple:
         if isinstance(value, (list, tuple)) and len(value) == len(args):
             return tuple(convert(v, a, f"{name}[{i}]", where) for i, (v, a) in enumerate(zip(value, args, strict=True)))
@@ -141,7 +149,16 @@ def _kind(value: Any) -> str:
 
 
 def _type_name(kind: Any) -> str:
-    kinds = {float: "a number", int: "a whole number", str: "a string", bool: "true or false", dict: "a mapping"}
+    kinds = {
+        float: "a number",
+        int: "a whole number",
+        str: "a string",
+        bool: "true or false",
+        dict: "a mapping",
+        list: "a list",
+    }
     if typing.get_origin(kind) is tuple:
         return f"a list of {len(typing.get_args(kind))} numbers"
+    if dataclasses.is_dataclass(kind):
+        return f"a mapping of {', '.join(names(kind))}"
     return kinds.get(typing.get_origin(kind) or kind, str(kind))
