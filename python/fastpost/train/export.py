@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run or one of its checkpoints as a Hugging Face folder."""
+"""A run, one of its checkpoints or an adapter as a folder that others load, and proof that it loads."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from fastpost.hf import folder
+from fastpost.hf import adapter, folder
 
 from . import checkpoint
 from .config import load_config
@@ -15,24 +17,107 @@ from .forward import load_policy
 from .optim import AdamW
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+EXACT = 1e-4
+"""Largest relative difference of logits that float32 arithmetic in another order may make."""
 
 
-def export(run: Path, out: Path, *, step: int | None = None, dtype: str | None = None) -> Path:
-    """Write the model of `run` at checkpoint `step` (None: the final model, else the newest checkpoint) to `out`.
+def export(
+    run: Path,
+    out: Path,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    merge: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Write the result of `run` at checkpoint `step` (None: the final one, else the newest checkpoint) to `out`: a
+    Hugging Face folder, or a peft folder for a run that trained an adapter. `run` may also be an adapter folder.
 
-    dtype None = as the start model's files. In bf16 training a checkpoint also holds what bf16 cannot, so fp32 is
-    exact. Raises ValueError when there is no such run or checkpoint, or `out` is not empty.
+    merge: the base model with the adapter in its weights. dtype None = as the files that training began with (float32
+    for an adapter). In bf16 training a checkpoint also holds what bf16 cannot, so fp32 is exact. What was written is
+    loaded again and its logits are compared; `say` gets the largest difference.
+
+    Raises ValueError when there is no such run or checkpoint, when `out` is not empty, when there is nothing to merge,
+    and when the written folder does not compute what the model did: then nothing is kept.
     """
-    if not (run / "config.yaml").is_file():
-        raise ValueError(f"[export] {run}: expected a run folder with config.yaml, found none.")
-    cfg = load_config(run / "config.yaml")
     kind = DTYPES[dtype] if dtype else None
-    if step is None and (run / "model").is_dir():
-        model = folder.load_model(run / "model", torch.float32, "sdpa", check=False)
-        return folder.save_folder(model, run / "model", out, kind)
+    model, place = _load(run, step)
+    adapted = adapter.is_adapted(model)
+    if merge and not adapted:
+        raise ValueError(f"[export] --merge: {run} is a whole model, there is no adapter to merge. Leave --merge out.")
+    before = logits(model)
+    if merge:
+        with adapter.off(model):
+            effect = difference(logits(model), before)
+        model = adapter.merged(model)
+        off = difference(logits(model), before)
+        # Rounding of the written weights can hide in it what a wrong merge does; this cannot, it is all in float32.
+        say(f"check  merged: logits differ by {off:.1e} (relative), the adapter changes them by {effect:.1e}")
+        if not off <= EXACT:
+            raise ValueError(
+                f"[export] --merge: merging changed the logits by {off:.1e}, expected at most {EXACT:.0e}. Nothing is "
+                "written. Serve the adapter unmerged, and report its adapter_config.json."
+            )
+    if adapted and not merge:
+        adapter.save(model, place.base, out, tokenizer=place.tokenizer, dtype=kind)
+    else:
+        folder.save_folder(model, place.base, out, kind)
+        if place.tokenizer != place.base:
+            folder.copy_tokenizer(place.tokenizer, out)
+    del model
+    try:
+        _check(out, before, kind, say)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+    return out
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    """Float32 logits [2, 16, V] of two fixed rows of tokens, one of them of frequent (low) ids."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    rows = [[(7 * i + 3) % vocabulary for i in range(16)], [(104729 * i + 11) % vocabulary for i in range(16)]]
+    model.eval()
+    return model(torch.tensor(rows, device=model.device), use_cache=False).logits.float()
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference of a row of logits, relative to the row: max |a - b| / |b|, norms over the vocabulary."""
+    return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).max())
+
+
+def bound(dtype: torch.dtype) -> float:
+    """What rounding every weight once to `dtype` may change: 8 units in the last place."""
+    return max(EXACT, 8 * torch.finfo(dtype).eps)
+
+
+def _check(out: Path, before: torch.Tensor, kind: torch.dtype | None, say) -> None:
+    written = kind or folder.stored_dtype(out)
+    after = logits(adapter.load(out, torch.float32, "sdpa", check=False))
+    largest, relative, most = float((after - before).abs().max()), difference(after, before), bound(written)
+    name = str(written).removeprefix("torch.")
+    text = f"loaded again: largest logit difference {largest:.1e}, relative {relative:.1e}, bound {most:.1e} ({name})"
+    if not relative <= most:
+        raise ValueError(f"[export] {out}: {text}. The folder does not compute what the model did; it is removed.")
+    say(f"check  {text}")
+
+
+def _load(run: Path, step: int | None) -> tuple[torch.nn.Module, folder.Place]:
+    """The model in float32, and the folders that it began with."""
+    if (run / adapter.CONFIG).is_file():
+        if step is not None:
+            raise ValueError(f"[export] --step: expected none for an adapter folder, got {step}.")
+        return adapter.load(run, torch.float32, "sdpa", check=False), folder.locate(run)
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"[export] {run}: expected a run folder with config.yaml or an adapter folder, found neither.")
+    cfg = load_config(run / "config.yaml")
+    finished = next((p for p in (run / "model", run / "adapter") if p.is_dir()), None)
+    if step is None and finished:
+        return adapter.load(finished, torch.float32, "sdpa", check=False), folder.locate(finished)
     found = {int(p.name[5:]): p for p in checkpoint.checkpoints(run / "checkpoints")}
     if not found:
-        raise ValueError(f"[export] {run}: has no model/ and no checkpoint yet.")
+        raise ValueError(f"[export] {run}: has no model/, no adapter/ and no checkpoint yet.")
     step = max(found) if step is None else step
     if step not in found:
         raise ValueError(f"[export] --step: expected one of {', '.join(map(str, sorted(found)))}, got {step}.")
@@ -40,4 +125,6 @@ def export(run: Path, out: Path, *, step: int | None = None, dtype: str | None =
     optimizer = AdamW(model, precision=cfg.optim.precision)
     checkpoint.load(found[step], model, optimizer)
     optimizer.widen()
-    return folder.save_folder(model, cfg.model.path, out, kind)
+    for p in model.parameters():  # frozen weights were narrowed for training; bf16 -> float32 is exact
+        p.data = p.data.float()
+    return model.eval(), folder.locate(cfg.model.path)

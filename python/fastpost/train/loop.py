@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import random
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 
 from fastpost import objectives
 from fastpost.data.loader import Dataset, load_dataset
-from fastpost.hf import folder
+from fastpost.hf import adapter, folder
 
 from . import checkpoint, plot, reference
 from .config import Config
@@ -29,7 +28,7 @@ from .step import train_step
 
 
 def train(cfg: Config) -> Path:
-    """Train as `cfg` says and return the run folder, whose model/ is a Hugging Face folder.
+    """Train as `cfg` says and return the run folder, whose model/ is a Hugging Face folder (adapter/ a peft folder).
 
     A run that was interrupted goes on from its newest checkpoint and gives, at one thread, the bits of an unbroken one.
     Raises ValueError for a mistake in settings or data, NotFinite when a loss or gradient is not a number,
@@ -38,7 +37,7 @@ def train(cfg: Config) -> Path:
     with RunFolder(cfg) as run:
         if run.finished:
             print(
-                f"{run.path} is finished: its model is {run.model}. For another run choose another --train.output_dir."
+                f"{run.path} is finished: its model is {run.result}. For another run choose another --train.output_dir."
             )
         else:
             _train(cfg, run)
@@ -54,8 +53,8 @@ def _train(cfg: Config, run: RunFolder) -> None:
 
     # What can be wrong with settings and data is found before any weight is read.
     objective = objectives.from_name(cfg.objective.name, **cfg.objective.fields)
-    source = reference.source(cfg.model.reference, objective)
-    data = load_data(cfg, objective, source)
+    sources = reference.sources(cfg.model, objective)
+    data = load_data(cfg, objective, sources)
     plan = Plan(cfg, data["train"])
     parts = {"train": plan.first_epoch()}
     if "eval" in data:
@@ -70,22 +69,18 @@ def _train(cfg: Config, run: RunFolder) -> None:
         weight_decay=cfg.optim.weight_decay,
         seed=cfg.train.seed,
     )
-    if source == "start":
-        reference.attach(data, parts, run.reference, lambda: model)
-    elif source not in ("none", "columns"):
-        frozen = partial(folder.load_model, source, compute, cfg.model.attention)
-        reference.attach(data, parts, run.reference, lambda: frozen().to(device))
+    reference.attach(cfg, sources, data, parts, run.reference, lambda: model)
 
     newest = checkpoint.latest(run.checkpoints)
     start = checkpoint.load(newest, model, optimizer) if newest else 0
     seen = sum(map(plan.tokens, range(start)))
-    peak = peak_flops(device, compute)
+    peak, temperature = peak_flops(device, compute), cfg.model.temperature
 
     with RunLog(run.path, finished=start, total=plan.steps, every=cfg.log.every) as log:
 
         def held_out(step: int) -> None:
             if "eval" in data:
-                log.evaluation(step, evaluate(model, objective, map(data["eval"].batch, parts["eval"])))
+                log.evaluation(step, evaluate(model, objective, map(data["eval"].batch, parts["eval"]), temperature))
 
         if newest:
             log.say(f"resume from {newest}")
@@ -100,8 +95,9 @@ def _train(cfg: Config, run: RunFolder) -> None:
             batches = [data["train"].batch(part) for part in plan.parts(step)]
             ready = time.perf_counter()
             values = train_step(
-                model, objective, optimizer, batches, step=step, lr=plan.lr(step), max_grad_norm=cfg.optim.max_grad_norm
-            )
+                model, objective, optimizer, batches, step=step, lr=plan.lr(step),
+                max_grad_norm=cfg.optim.max_grad_norm, temperature=temperature,
+            )  # fmt: skip
             seconds = time.perf_counter() - begin
 
             tokens = plan.tokens(step)
@@ -115,7 +111,7 @@ def _train(cfg: Config, run: RunFolder) -> None:
                 "data_wait": (ready - begin) / seconds,
             }
             if step == 0:
-                log.say(initial_check(values["loss"], objective.initial_loss(), source, cfg.optim.precision))
+                log.say(initial_check(values["loss"], objective.initial_loss(), sources, cfg.optim.precision))
                 log.say(f"head   {schedule(model, batches[0].to(device), objective)}")
             log.step(step + 1, values, timing)
 
@@ -126,47 +122,51 @@ def _train(cfg: Config, run: RunFolder) -> None:
                 log.sync()
                 checkpoint.save(run.checkpoints, step + 1, model, optimizer, keep=cfg.train.keep_latest)
 
-    if wider_than_bf16(Path(cfg.model.path)):
+    adapted, place = adapter.is_adapted(model), folder.locate(cfg.model.path)
+    if adapted or wider_than_bf16(place.base):
         optimizer.widen()
     del optimizer
     try:
-        folder.save_folder(model, cfg.model.path, run.model)
+        if adapted:
+            adapter.save(model, place.base, run.adapter, tokenizer=place.tokenizer)
+        else:
+            folder.save_folder(model, place.base, run.model)
     except (OSError, SafetensorError) as error:
         begin = checkpoint.latest(run.checkpoints) or "the beginning (train.save_every is 0)"
         raise checkpoint.CheckpointError(
-            f"[train] {run.model}: the final model could not be written: {error}. Free some space and start the same "
+            f"[train] {run.result}: the final model could not be written: {error}. Free some space and start the same "
             f"command again: it goes on from {begin}."
         ) from error
     if cfg.log.plot:
         plot.draw([run.path], run.plot)
-    print(f"saved {run.path}/{{config.yaml,metrics.jsonl,{'loss.png,' if cfg.log.plot else ''}model/}}")
+    print(f"saved {run.path}/{{config.yaml,metrics.jsonl,{'loss.png,' if cfg.log.plot else ''}{run.result.name}/}}")
 
 
 def _due(finished: int, every: int) -> bool:
     return every > 0 and finished % every == 0
 
 
-def load_data(cfg: Config, objective, source: str) -> dict[str, Dataset]:
+def load_data(cfg: Config, objective, sources: dict[str, str]) -> dict[str, Dataset]:
     """{"train": ..., "eval": ...} (eval when there is one), with one printed line on what was kept of each."""
     tokenizer = folder.load_tokenizer(cfg.model.path)
     paths = {"train": cfg.data.train} | ({"eval": cfg.data.eval} if cfg.data.eval else {})
     data = {}
     for name, path in paths.items():
         data[name] = load_dataset(
-            cfg.data, tokenizer, objective, path=path, require=reference.columns(objective, source)
+            cfg.data, tokenizer, objective, path=path, require=reference.columns(objective, sources)
         )
         print(f"{name:5s}  {data[name].report.line()}", flush=True)
     return data
 
 
-def initial_check(loss: float, expected: float | None, source: str, precision: str) -> str:
+def initial_check(loss: float, expected: float | None, sources: dict[str, str], precision: str) -> str:
     """Compare the loss before the first update with its closed form: a wrong reference, mask or sum shows here."""
-    text = f"check  reference = {source}, loss at step 0: {loss:.6f}"
+    text = f"check  reference = {reference.describe(sources)}, loss at step 0: {loss:.6f}"
     if expected is None:
         return f"{text} (no closed form)"
     text += f" (expected {expected:.6f}, difference {loss - expected:+.1e})"
-    if source != "start":
+    if not reference.is_start(sources):
         return f"{text}   only meaningful if the reference is the starting model"
     if abs(loss - expected) <= (1e-4 if precision == "fp32" else 2e-2) * max(1.0, abs(expected)):
         return f"{text}   ok"
-    return f"{text}   WARNING: policy and reference disagree before the first update (dropout in the model?)"
+    return f"{text}   WARNING: policy and reference disagree before the first update (dropout?)"

@@ -95,6 +95,11 @@ def convert(value: Any, kind: Any, name: str, where: str) -> Any:
             return {
                 convert(k, args[0], name, where): convert(v, args[1], f"{name}.{k}", where) for k, v in value.items()
             }
+    elif origin is list:
+        if isinstance(value, str):  # --model.lora.targets q_proj,v_proj
+            value = [part.strip() for part in value.split(",")]
+        if isinstance(value, list):
+            return [convert(v, args[0], f"{name}[{i}]", where) for i, v in enumerate(value)]
     elif origin is tuple:
         if isinstance(value, (list, tuple)) and len(value) == len(args):
             return tuple(convert(v, a, f"{name}[{i}]", where) for i, (v, a) in enumerate(zip(value, args, strict=True)))
@@ -141,7 +146,14 @@ def _kind(value: Any) -> str:
 
 
 def _type_name(kind: Any) -> str:
-    kinds = {float: "a number", int: "a whole number", str: "a string", bool: "true or false", dict: "a mapping"}
+    kinds = {
+        float: "a number",
+        int: "a whole number",
+        str: "a string",
+        bool: "true or false",
+        dict: "a mapping",
+        list: "a list",
+    }
     if typing.get_origin(kind) is tuple:
         return f"a list of {len(typing.get_args(kind))} numbers"
     return kinds.get(typing.get_origin(kind) or kind, str(kind))
