@@ -14,6 +14,7 @@ warns about a key that is missing or not used, this is an error: the adapter tha
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -107,11 +108,7 @@ def continued(model: torch.nn.Module, path: str | Path):
     whole = {name.rpartition(".")[2] for name in config.modules_to_save or ()}
     targets = config.target_modules if not isinstance(config.target_modules, str) else []
     _check_tied(tied, embedding, head, targets, embedding in whole, head in whole or config.ensure_weight_tying)
-    tensors = load_file(path / WEIGHTS)
-    wrapped = _put_on(model, config)
-    for p in wrapped.parameters():
-        if p.requires_grad:
-            p.data = p.data.float()
+    tensors, wrapped = load_file(path / WEIGHTS), _put_on(model, config)
     wanted = tensors_of(wrapped)
     odd = {
         "lacks": sorted(set(wanted) - set(tensors)),
@@ -125,8 +122,12 @@ def continued(model: torch.nn.Module, path: str | Path):
                 f"{path / WEIGHTS}: {what} {keys[0]}{more}. The adapter belongs to another base model or another "
                 "version of it."
             )
-    peft.set_peft_model_state_dict(wrapped, tensors)
-    return wrapped
+    return _fill(wrapped, tensors)
+
+
+def moved(model, base: torch.nn.Module):
+    """The adapter of `model` on `base`, another copy of its base model."""
+    return _fill(_put_on(base, copy.deepcopy(model.peft_config["default"])), tensors_of(model))
 
 
 def read_config(path: Path) -> dict:
@@ -219,6 +220,17 @@ def save(
 def merged(model: torch.nn.Module) -> torch.nn.Module:
     """The transformers model with the adapter in its weights (W + scale B A), in their dtype: load it in float32."""
     return model.merge_and_unload(safe_merge=True)
+
+
+def _fill(model, tensors: dict[str, torch.Tensor]):
+    """Copy an adapter's tensors into `model`, as float32."""
+    import peft
+
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+    peft.set_peft_model_state_dict(model, tensors)
+    return model
 
 
 def _put_on(model, config):

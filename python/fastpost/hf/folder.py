@@ -66,7 +66,14 @@ def locate(path: str | Path) -> Place:
 
 def load_tokenizer(path: str | Path):
     """The tokenizer of a model, adapter or run folder, with its own chat template, unchanged."""
-    return AutoTokenizer.from_pretrained(locate(path).tokenizer, local_files_only=True, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(locate_tokenizer(path), local_files_only=True, trust_remote_code=False)
+
+
+def locate_tokenizer(path: str | Path) -> Path:
+    """The folder whose tokenizer files count; `path` may also hold a tokenizer and nothing else."""
+    bare = Path(path).expanduser()
+    alone = (bare / "tokenizer_config.json").is_file() and not (bare / "adapter_config.json").is_file()
+    return bare if alone else locate(bare).tokenizer
 
 
 def load_model(

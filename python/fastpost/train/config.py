@@ -93,6 +93,9 @@ class DataConfig:
     """Use only the first so many training rows."""
     eval_limit: int | None = None
     """Use only the first so many held-out rows."""
+    cache: str | None = "auto"
+    """Folder for log-probs of references, found again by a hash of all they depend on. auto = fastpost in
+    $XDG_CACHE_HOME or ~/.cache; None = compute them each time."""
     shuffle: bool = True
     """Draw a new order each epoch, a pure function of (train.seed, epoch); False = file order."""
     share_prompt: bool = True
@@ -161,9 +164,6 @@ class TrainConfig:
     """What the backward pass recomputes to save memory. selective = all but matrix products and attention: half the
     activations for about 5 % more time; full = each layer from its input: a tenth of them for 15 to 30 %. auto =
     selective on a CPU, none on a GPU."""
-    cache_dir: str | None = ""
-    """Where log-probs of references are kept for other runs. Empty = the user's cache folder (~/.cache/fastpost);
-    none = nowhere."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = cuda when torch finds one."""
     threads: int | None = None

@@ -13,7 +13,7 @@ from fastpost.hf import adapter, folder
 
 from . import checkpoint
 from .config import load_config
-from .forward import load_policy
+from .forward import load_policy, start_of
 from .optim import AdamW
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -125,6 +125,7 @@ def _load(run: Path, step: int | None) -> tuple[torch.nn.Module, folder.Place]:
     optimizer = AdamW(model, precision=cfg.optim.precision)
     checkpoint.load(found[step], model, optimizer)
     optimizer.widen()
-    for p in model.parameters():  # frozen weights were narrowed for training; bf16 -> float32 is exact
-        p.data = p.data.float()
-    return model.eval(), folder.locate(cfg.model.path)
+    place = start_of(cfg.model)
+    if adapter.is_adapted(model):  # its frozen weights were rounded for training; those that count are in the files
+        model = adapter.moved(model, folder.load_model(place.base, torch.float32, "sdpa", check=False))
+    return model.float().eval(), place

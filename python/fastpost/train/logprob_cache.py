@@ -28,11 +28,11 @@ TENSOR = "logprob"
 
 
 def cache_folder(setting: str | None) -> Path | None:
-    """The folder that train.cache_dir means: "" is the user's own, None is none."""
+    """The folder for log-probs in the one that data.cache means; None = none."""
     if setting is None:
         return None
     own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastpost"
-    return (Path(setting) if setting else own).expanduser() / "logprobs"
+    return (own if setting == "auto" else Path(setting)).expanduser() / "logprobs"
 
 
 def model_digest(base: Path, put_on: Path | None) -> str:

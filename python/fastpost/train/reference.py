@@ -14,7 +14,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -86,7 +85,7 @@ def attach(
     parts: dict[str, list[list[int]]],
     table: Path | None,
     start: Callable[[], torch.nn.Module],
-    say: Callable[[str], None] = partial(print, flush=True),
+    say: Callable[[str], None] = print,
 ) -> None:
     """Set the columns of `sources` on every example of `data`: from `table` (the run's own file, so that a resumed run
     needs nothing else), from the cache, or computed and then written to both.
@@ -118,10 +117,10 @@ def attach(
             fill(dataset, values[_entry(column, name)], column)
     if sources.get("reference_logprob") == "previous":
         for dataset in data.values():
-            dataset.examples[:] = [replace(e, reference_logprob=e.previous_logprob) for e in dataset.examples]
+            fill(dataset, torch.tensor([e.previous_logprob for e in dataset.examples]), "reference_logprob")
 
 
-def fill(dataset: Dataset, values: torch.Tensor, column: str = "reference_logprob") -> None:
+def fill(dataset: Dataset, values: torch.Tensor, column: str) -> None:
     """Set `column` of each example from a row of `values` [examples, sequences of each]."""
     pairs = zip(dataset.examples, values.tolist(), strict=True)
     dataset.examples[:] = [replace(example, **{column: tuple(row)}) for example, row in pairs]
@@ -146,8 +145,8 @@ def _check(cfg: ModelConfig, field: str, source: str) -> None:
         raise ValueError(
             f"[train] model.{field}: expected start, because this run goes on training the adapter {place.adapter}, "
             "got 'base'. The model without it is not what training starts from: the loss would begin away from its "
-            "closed form and pull back to what was before that adapter (TRL #1193 and PR #6591 are about this mistake). "
-            "start is the adapter as it is now, frozen. If you do mean the model without it, name it by its path: "
+            "closed form and pull back to what was before that adapter (this mistake: TRL #1193, PR #6591). "
+            "start is that adapter as it is now, frozen. If you do mean the model without it, name it by its path: "
             f"--model.{field} {place.base}"
         )
     words = ("start", "base", "columns", *(("previous",) if field == "reference" else ()))
@@ -192,7 +191,7 @@ def _own(table: Path, contents: dict[str, str], rows: dict[str, int]) -> dict[st
 
 def _find_or_make(cfg: Config, column, source, data, parts, contents, start, say) -> dict[str, torch.Tensor]:
     """The values of one column for each dataset, from the cache or computed, with one printed line for each."""
-    store, device, dtype = cache.cache_folder(cfg.train.cache_dir), pick_device(cfg.train.device), _dtype(cfg)
+    store, device, dtype = cache.cache_folder(cfg.data.cache), pick_device(cfg.train.device), _dtype(cfg)
     files, values = {}, {}
     for name, dataset in data.items():
         entry, what = _entry(column, name), f"{FIELDS[column]} = {source}: log-probs of {len(dataset)} {name} rows"

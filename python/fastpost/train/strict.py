@@ -96,8 +96,6 @@ def convert(value: Any, kind: Any, name: str, where: str) -> Any:
                 convert(k, args[0], name, where): convert(v, args[1], f"{name}.{k}", where) for k, v in value.items()
             }
     elif origin is list:
-        if isinstance(value, str):  # --model.lora.targets q_proj,v_proj
-            value = [part.strip() for part in value.split(",")]
         if isinstance(value, list):
             return [convert(v, args[0], f"{name}[{i}]", where) for i, v in enumerate(value)]
     elif origin is tuple:
