@@ -42,8 +42,7 @@ def load_place(place: folder.Place, dtype: torch.dtype, attention_name: str = "p
     model = folder.load_model(place.base, dtype, attention_name, check=check and place.adapter is None)
     if place.adapter is not None:
         model = continued(model, place.adapter).eval()
-        for p in model.parameters():
-            p.data = p.data.to(dtype)
+        narrow(model, dtype)
         if check:
             verify(model)
     return model
@@ -157,6 +156,12 @@ def read_config(path: Path) -> dict:
 def is_adapted(model: torch.nn.Module) -> bool:
     """Whether `model` is a base model with an adapter by peft."""
     return lora.inner(model) is not model
+
+
+def narrow(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Convert the parameters in place, not the buffers: the frequencies of rotary embeddings stay float32."""
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
 
 
 @contextlib.contextmanager

@@ -82,6 +82,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return model(torch.tensor(rows, device=model.device), use_cache=False).logits.float()
 
 
+@torch.no_grad()
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference of a row of logits, relative to the row: max |a - b| / |b|, norms over the vocabulary."""
     return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).max())
@@ -94,7 +95,7 @@ def bound(dtype: torch.dtype) -> float:
 
 def _check(out: Path, before: torch.Tensor, kind: torch.dtype | None, say) -> None:
     written = kind or folder.stored_dtype(out)
-    after = logits(adapter.load(out, torch.float32, "sdpa", check=False))
+    after = logits(adapter.load(out, torch.float32, check=False))
     largest, relative, most = float((after - before).abs().max()), difference(after, before), bound(written)
     name = str(written).removeprefix("torch.")
     text = f"loaded again: largest logit difference {largest:.1e}, relative {relative:.1e}, bound {most:.1e} ({name})"
@@ -108,13 +109,13 @@ def _load(run: Path, step: int | None) -> tuple[torch.nn.Module, folder.Place]:
     if (run / adapter.CONFIG).is_file():
         if step is not None:
             raise ValueError(f"[export] --step: expected none for an adapter folder, got {step}.")
-        return adapter.load(run, torch.float32, "sdpa", check=False), folder.locate(run)
+        return adapter.load(run, torch.float32, check=False), folder.locate(run)
     if not (run / "config.yaml").is_file():
         raise ValueError(f"[export] {run}: expected a run folder with config.yaml or an adapter folder, found neither.")
     cfg = load_config(run / "config.yaml")
     finished = next((p for p in (run / "model", run / "adapter") if p.is_dir()), None)
     if step is None and finished:
-        return adapter.load(finished, torch.float32, "sdpa", check=False), folder.locate(finished)
+        return adapter.load(finished, torch.float32, check=False), folder.locate(finished)
     found = {int(p.name[5:]): p for p in checkpoint.checkpoints(run / "checkpoints")}
     if not found:
         raise ValueError(f"[export] {run}: has no model/, no adapter/ and no checkpoint yet.")
@@ -127,5 +128,5 @@ def _load(run: Path, step: int | None) -> tuple[torch.nn.Module, folder.Place]:
     optimizer.widen()
     place = start_of(cfg.model)
     if adapter.is_adapted(model):  # its frozen weights were rounded for training; those that count are in the files
-        model = adapter.moved(model, folder.load_model(place.base, torch.float32, "sdpa", check=False))
+        model = adapter.moved(model, folder.load_model(place.base, torch.float32, check=False))
     return model.float().eval(), place

@@ -61,13 +61,18 @@ def load_policy(cfg: Config, device: torch.device) -> torch.nn.Module:
     gradients."""
     start, own = start_of(cfg.model), cfg.model.lora
     compute = COMPUTE_DTYPE[cfg.optim.precision]
-    frozen = (own.rank or start.adapter) and not (own.train_embeddings or own.train_head)
-    keep = cfg.optim.precision == "bf16" and not frozen and wider_than_bf16(start.base)
+    if start.adapter:  # what it trained whole is float32 in its file; the frozen rest may be narrow from the start
+        wide = bool(adapter.read_config(start.adapter).get("modules_to_save"))
+    else:
+        wide = (not own.rank or own.train_embeddings or own.train_head) and wider_than_bf16(start.base)
+    keep = cfg.optim.precision == "bf16" and wide
     model = folder.load_model(start.base, torch.float32 if keep else compute, cfg.model.attention, check=False)
     if start.adapter:
         model = adapter.continued(model, start.adapter).eval()
     elif own.rank:
         model = adapter.fresh(model, **vars(own)).eval()
+    if cfg.optim.precision == "pure-bf16":
+        adapter.narrow(model, compute)
     for name, p in model.named_parameters():
         if not math.isfinite(p.detach().sum(dtype=torch.float32)):
             raise ValueError(f"[train] {cfg.model.path}: {name} holds NaN or infinity. Fetch the folder again.")

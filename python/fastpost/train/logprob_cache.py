@@ -59,17 +59,18 @@ def content(model: str, rows: str, temperature: float) -> str:
     return _hash(["1", model, rows, repr(temperature)])
 
 
-def file_name(content: str, device: torch.device, dtype: torch.dtype, attention: str, shares: bool, parts) -> str:
-    """The name in the cache: what was computed, and how, down to what changes the last bits."""
+def file_name(content: str, device: torch.device, *how) -> str:
+    """The name in the cache: what was computed, and how, down to what changes the last bits. `how`: the settings that
+    do (precision, attention, packing); the device and the versions are looked up here."""
     from fastpost import _core
 
     if device.type == "cuda":
         where = [torch.cuda.get_device_name(device), torch.version.cuda]
     else:
         isa = dict(_core.build_info())["cpu_isa"]
-        where = [isa, torch.backends.cpu.get_cpu_capability(), str(torch.get_num_threads())]
-    how = [fastpost.__version__, torch.__version__, os.environ.get("FASTPOST_REFERENCE", ""), str(dtype), attention]
-    return f"{_hash([content, *where, *how, str(shares), json.dumps(parts)])[:32]}.safetensors"
+        where = [isa, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+    versions = [fastpost.__version__, torch.__version__, os.environ.get("FASTPOST_REFERENCE", "")]
+    return f"{_hash([content, where, versions, [str(x) for x in how]])[:32]}.safetensors"
 
 
 def read(file: Path, rows: int) -> torch.Tensor | None:

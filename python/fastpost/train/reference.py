@@ -166,6 +166,12 @@ def _files(cfg: ModelConfig, source: str) -> tuple[Path, Path | None]:
     return place.base, None if source == "base" else place.adapter
 
 
+def _route(cfg: ModelConfig, source: str) -> str:
+    """A new adapter on the head changes no number at first, but which kernel computes it, and so the last bits."""
+    head = source == "start" and cfg.lora.rank and cfg.lora.targets != ["all-linear"]
+    return f"{cfg.lora.rank} {sorted(cfg.lora.targets)}" if head else ""
+
+
 def _entry(column: str, name: str) -> str:
     return name if column == "reference_logprob" else f"{FIELDS[column]}.{name}"
 
@@ -196,7 +202,7 @@ def _find_or_make(cfg: Config, column, source, data, parts, contents, start, say
     for name, dataset in data.items():
         entry, what = _entry(column, name), f"{FIELDS[column]} = {source}: log-probs of {len(dataset)} {name} rows"
         if store is not None:
-            how = (device, dtype, cfg.model.attention, dataset.share_prompt, parts[name])
+            how = (device, dtype, cfg.model.attention, _route(cfg.model, source), dataset.share_prompt, parts[name])
             files[name] = store / cache.file_name(contents[entry], *how)
             values[entry] = cache.read(files[name], len(dataset))
         if values.get(entry) is not None:
