@@ -59,18 +59,13 @@ def load_policy(cfg: Config, device: torch.device) -> torch.nn.Module:
     """The model to train, in the precision its optimizer should start from: float32 if the files hold more than bf16
     does and more than an adapter is trained. With an adapter, a new one or one that goes on, only that requires
     gradients."""
-    start, own = start_of(cfg.model), cfg.model.lora
-    compute = COMPUTE_DTYPE[cfg.optim.precision]
-    if start.adapter:  # what it trained whole is float32 in its file; the frozen rest may be narrow from the start
-        wide = bool(adapter.read_config(start.adapter).get("modules_to_save"))
-    else:
-        wide = (not own.rank or own.train_embeddings or own.train_head) and wider_than_bf16(start.base)
-    keep = cfg.optim.precision == "bf16" and wide
-    model = folder.load_model(start.base, torch.float32 if keep else compute, cfg.model.attention, check=False)
+    start, compute = start_of(cfg.model), COMPUTE_DTYPE[cfg.optim.precision]
+    dtype = torch.float32 if has_masters(cfg) else compute
+    model = folder.load_model(start.base, dtype, cfg.model.attention, check=False)
     if start.adapter:
         model = adapter.continued(model, start.adapter).eval()
-    elif own.rank:
-        model = adapter.fresh(model, **vars(own)).eval()
+    elif cfg.model.lora.rank:
+        model = adapter.fresh(model, **vars(cfg.model.lora)).eval()
     if cfg.optim.precision == "pure-bf16":
         adapter.narrow(model, compute)
     for name, p in model.named_parameters():
@@ -79,6 +74,16 @@ def load_policy(cfg: Config, device: torch.device) -> torch.nn.Module:
     verify(model)
     recompute(lora.inner(model), cfg.train.gradient_checkpointing, device)
     return model.to(device)
+
+
+def has_masters(cfg: Config) -> bool:
+    """Whether bf16 training keeps float32 masters of weights that the model came with, so must load them as float32."""
+    if cfg.optim.precision != "bf16":
+        return False
+    start, own = start_of(cfg.model), cfg.model.lora
+    if start.adapter:  # what it trained whole is float32 in its file; the rest is frozen
+        return bool(adapter.read_config(start.adapter).get("modules_to_save"))
+    return (not own.rank or own.train_embeddings or own.train_head) and wider_than_bf16(start.base)
 
 
 def start_of(cfg: ModelConfig) -> folder.Place:

@@ -27,7 +27,7 @@ from fastpost.objectives import SFT
 from . import logprob_cache as cache
 from .config import Config, ModelConfig
 from .device import pick_device
-from .forward import forward, start_of
+from .forward import forward, has_masters, start_of
 from .optim import COMPUTE_DTYPE
 
 FIELDS = {"previous_logprob": "previous", "reference_logprob": "reference"}
@@ -166,10 +166,12 @@ def _files(cfg: ModelConfig, source: str) -> tuple[Path, Path | None]:
     return place.base, None if source == "base" else place.adapter
 
 
-def _route(cfg: ModelConfig, source: str) -> str:
-    """A new adapter on the head changes no number at first, but which kernel computes it, and so the last bits."""
-    head = source == "start" and cfg.lora.rank and cfg.lora.targets != ["all-linear"]
-    return f"{cfg.lora.rank} {sorted(cfg.lora.targets)}" if head else ""
+def _route(cfg: Config, source: str) -> str:
+    """What sets the last bits apart where the files are the same. A new adapter on the head changes no number at first,
+    but which kernel computes it; float32 masters round half-way cases to another bf16 than a folder that is loaded."""
+    new = cfg.model.lora
+    head = f"{new.rank} {new.targets}" if source == "start" and new.rank and new.targets != ["all-linear"] else ""
+    return f"{head} {source in ('start', 'base') and has_masters(cfg)}"
 
 
 def _entry(column: str, name: str) -> str:
@@ -202,7 +204,7 @@ def _find_or_make(cfg: Config, column, source, data, parts, contents, start, say
     for name, dataset in data.items():
         entry, what = _entry(column, name), f"{FIELDS[column]} = {source}: log-probs of {len(dataset)} {name} rows"
         if store is not None:
-            how = (device, dtype, cfg.model.attention, _route(cfg.model, source), dataset.share_prompt, parts[name])
+            how = (device, dtype, cfg.model.attention, _route(cfg, source), dataset.share_prompt, parts[name])
             files[name] = store / cache.file_name(contents[entry], *how)
             values[entry] = cache.read(files[name], len(dataset))
         if values.get(entry) is not None:
