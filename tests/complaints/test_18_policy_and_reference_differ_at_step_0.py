@@ -52,7 +52,10 @@ def begins_together(tmp_path, *overrides):
     assert first["rewards/margins"] == 0.0 and first["rewards/chosen"] == 0.0
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32", "pure-bf16"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=SLOW), pytest.param("pure-bf16", marks=SLOW)])
 @pytest.mark.parametrize("way", WAYS)
 def test_dpo_begins_at_ln_2(tmp_path, way, precision, capsys):
     begins_together(tmp_path, *WAYS[way], "--optim.precision", precision)
@@ -115,6 +118,7 @@ def test_the_run_itself_speaks_up(tmp_path, monkeypatch, mistake, capsys):
     assert "WARNING: policy and reference disagree before the first update" in line
 
 
+@SLOW
 def test_the_cache_does_not_move_the_first_loss(tmp_path):
     """Values made by one run serve another, but only where computing them again would give the same bits."""
     cache = ["--data.cache", str(tmp_path / "cache")]

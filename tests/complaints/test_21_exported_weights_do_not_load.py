@@ -67,7 +67,7 @@ def loads(source, out):
 FORMS = {"tied": {"tie": True}, "untied": {"tie": False}, "qwen2": {"kind": "qwen2", "tie": True}}
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one file", "shards"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("way", ["whole", "merged"])
 def test_it_loads_in_transformers(tmp_path, form, sharded, way):

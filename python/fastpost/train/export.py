@@ -100,7 +100,10 @@ def _check(out: Path, before: torch.Tensor, kind: torch.dtype | None, say) -> No
     name = str(written).removeprefix("torch.")
     text = f"loaded again: largest logit difference {largest:.1e}, relative {relative:.1e}, bound {most:.1e} ({name})"
     if not relative <= most:
-        raise ValueError(f"[export] {out}: {text}. The folder does not compute what the model did; it is removed.")
+        raise ValueError(
+            f"[export] {out}: {text}. The folder does not compute what the model did; it is removed. If --dtype fp32 "
+            "passes, rounding alone does this to the model, and it should not be stored in less."
+        )
     say(f"check  {text}")
 
 
