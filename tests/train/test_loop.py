@@ -90,9 +90,9 @@ def test_dpo_starts_at_ln_2_to_the_last_bits(tmp_path, capsys):
 
 
 def test_initial_check_speaks_up():
-    assert initial_check(0.75, 0.6931, "start", "bf16").endswith("(dropout in the model?)")
-    assert "no closed form" in initial_check(0.75, None, "none", "bf16")
-    assert "only meaningful" in initial_check(0.75, 0.6931, "columns", "bf16")
+    assert initial_check(0.75, 0.6931, {"reference_logprob": "start"}, "bf16").endswith("(dropout?)")
+    assert "no closed form" in initial_check(0.75, None, {}, "bf16")
+    assert "only meaningful" in initial_check(0.75, 0.6931, {"reference_logprob": "columns"}, "bf16")
 
 
 # ---- references ----------------------------------------------------------------------------------------------------
@@ -155,11 +155,11 @@ def test_a_loss_that_blows_up_names_step_and_rows(tmp_path, monkeypatch):
     cfg = runs.recipe(tmp_path, train={"save_every": 1, "epochs": 1})
     good = reference.fill
 
-    def bad(dataset, values):
+    def bad(dataset, values, column):
         values = values.clone()
         if len(dataset) == 22:
             values[bad.row, 0] = float("inf")
-        good(dataset, values)
+        good(dataset, values, column)
 
     from fastpost.data.loader import order
 
@@ -183,8 +183,8 @@ def test_a_gradient_that_overflows_names_the_step(tmp_path, monkeypatch):
     cfg = runs.recipe(tmp_path, train={"epochs": 1})
     plain = step.forward
 
-    def overflowing(model, batch, objective):
-        output = plain(model, batch, objective)
+    def overflowing(*args):
+        output = plain(*args)
         if torch.is_grad_enabled():
             output.losses.register_hook(lambda g: g * float("inf"))
         return output

@@ -26,10 +26,11 @@ def main(argv: list[str]) -> int:
     from fastpost import objectives
     from fastpost.data.loader import load_dataset
     from fastpost.hf.folder import load_tokenizer
+    from fastpost.train import reference
 
     objective = objectives.from_name(cfg.objective.name, **cfg.objective.fields)
     tokenizer = load_tokenizer(cfg.model.path)
-    require = ("reference_logprob",) if cfg.model.reference == "columns" else ()
+    require = reference.columns(objective, reference.sources(cfg.model, objective))
     for path in dict.fromkeys(p for p in (cfg.data.train, cfg.data.eval) if p):
         data = load_dataset(cfg.data, tokenizer, objective, path=path, require=require)
         print("\n".join(describe(cfg, data, tokenizer)))

@@ -11,7 +11,7 @@ from pathlib import Path
 USAGE = """usage: fastpost eval RECIPE [--model MODEL] [--json] [--group.key VALUE ...]
 
 Loss, margin and accuracy on data.eval (data.train when there is none) with the recipe's objective, of model.path or of
-MODEL, a Hugging Face folder such as RUN/model; an objective with a reference measures MODEL against the recipe's."""
+MODEL, a Hugging Face, adapter or run folder; an objective with a reference measures MODEL against the recipe's."""
 
 
 def main(argv: list[str]) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fastpost export RUN OUT`: write a run's model, or one of its checkpoints, as a Hugging Face folder."""
+"""`fastpost export RUN OUT`: write a run's model or adapter, or one of its checkpoints; with --merge the two in one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fastpost export",
-        description="Write a run as a Hugging Face folder, with the files and tensor names of the model it began with.",
+        description="Write a run as a Hugging Face folder, with the files and tensor names of the model it began with, "
+        "or its adapter as a peft folder. What was written is loaded again and its logits are compared.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, or an adapter folder")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist or be empty")
     parser.add_argument(
         "--step", type=int, metavar="N", help="checkpoint to take (default: the final model, else the newest)"
@@ -29,10 +30,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--updates", action="store_true", help="print how far each layer has moved from the start model"
     )
+    parser.add_argument(
+        "--merge", action="store_true", help="write the base model with the adapter merged into its weights"
+    )
     args = parser.parse_args(argv)
 
     from fastpost.train.export import export
 
-    options = {"ema": args.ema, "average": args.average, "updates": args.updates}
+    options = {"ema": args.ema, "average": args.average, "updates": args.updates, "merge": args.merge}
     print(export(args.run, args.out, step=args.step, dtype=args.dtype, **options))
     return 0

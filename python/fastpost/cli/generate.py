@@ -14,7 +14,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fastpost generate", description="Answer prompts, greedy unless --temperature is given."
     )
-    parser.add_argument("model", metavar="MODEL", help="Hugging Face folder, or a run folder (its model/ is taken)")
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face, adapter or run folder")
     parser.add_argument(
         "prompts", nargs="*", metavar="PROMPT", help="user messages; without any, lines of standard input"
     )
@@ -48,15 +48,12 @@ def main(argv: list[str]) -> int:
     import torch
 
     from fastpost.generate import generate
-    from fastpost.hf import folder
+    from fastpost.hf import adapter, folder
     from fastpost.train.device import pick_device
 
-    path = Path(args.model)
-    if (path / "model" / "config.json").is_file():
-        path = path / "model"
-    tokenizer = folder.load_tokenizer(path)
+    tokenizer = folder.load_tokenizer(args.model)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
-    model = folder.load_model(path, dtype, "sdpa", check=False).to(pick_device(args.device))
+    model = adapter.load(args.model, dtype, "sdpa", check=False).to(pick_device(args.device))
     answers = generate(
         model, tokenizer, prompts, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
         seed=args.seed, samples=args.samples,

@@ -99,13 +99,13 @@ def load_dataset(
 ) -> Dataset:
     """Read, render, tokenise and cut the rows of `path` (default: cfg.train).
 
-    objective (optional) decides which row type and which stored numbers are wanted; `require` names more of the latter
-    ("reference_logprob"). Rows with nothing left to train are dropped and counted; a row that is wrong is a ValueError
-    with file and line."""
+    objective (optional) decides which row type is wanted; `require` names stored numbers that every row must have
+    ("reference_logprob", "previous_logprob", "reward"). Rows with nothing left to train are dropped and counted; a row
+    that is wrong is a ValueError with file and line."""
     path = path or cfg.train
     limit = cfg.eval_limit if path == cfg.eval and path != cfg.train else cfg.limit
     if objective is not None:
-        require += ("previous_logprob",) * objective.needs_previous + ("reward",) * objective.needs_reward
+        require += ("reward",) * objective.needs_reward
     chat, report, examples, encoder = Chat(tokenizer), Report(str(path)), [], None
     rows = read_rows(path, limit, cfg.columns)
     while chunk := list(islice(rows, CHUNK)):

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -21,9 +22,59 @@ from fastpost.hf.model import verify
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja",
+)  # fmt: skip
+
+
+class Place(NamedTuple):
+    """What a path stands for."""
+
+    base: Path  # a model folder: config.json and weights
+    adapter: Path | None  # a peft folder to put on it
+    tokenizer: Path  # the adapter's folder if it has a tokenizer of its own, else the base's
+
+
+def locate(path: str | Path) -> Place:
+    """`path` is a model folder, an adapter folder (its adapter_config.json names the base) or a run folder (its model/
+    or adapter/). Raises ValueError saying what is missing; no weight is read."""
+    path = Path(path).expanduser()
+    if (path / "config.yaml").is_file():  # a run
+        found = [p for p in (path / "model", path / "adapter") if p.is_dir()]
+        if not found:
+            raise ValueError(
+                f"{path}: this run is not finished, so it has no model yet. `fastpost export {path} OUT` takes its "
+                "newest checkpoint."
+            )
+        path = found[0]
+    config = path / "adapter_config.json"
+    if not config.is_file() or any(path.glob("model*.safetensors")):
+        path = _checked(path)
+        return Place(path, None, path)
+    name = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
+    # A path in an adapter may be relative to the working directory (peft writes what it was given) or to the adapter.
+    base = next((p for p in (Path(name).expanduser(), path / name) if name and (p / "config.json").is_file()), None)
+    if base is None:
+        raise ValueError(
+            f"{config}: base_model_name_or_path: expected the folder of the base model, got '{name}', which is no "
+            "model folder here. Set model.path to the base model and model.adapter to this folder, or write the path "
+            "there."
+        )
+    own = (path / "tokenizer_config.json").is_file()
+    return Place(base, path, path if own else base)
+
+
 def load_tokenizer(path: str | Path):
-    """The folder's own tokenizer with its own chat template, unchanged."""
-    return AutoTokenizer.from_pretrained(_checked(path), local_files_only=True, trust_remote_code=False)
+    """The tokenizer of a model, adapter or run folder, with its own chat template, unchanged."""
+    return AutoTokenizer.from_pretrained(locate_tokenizer(path), local_files_only=True, trust_remote_code=False)
+
+
+def locate_tokenizer(path: str | Path) -> Path:
+    """The folder whose tokenizer files count; `path` may also hold a tokenizer and nothing else."""
+    bare = Path(path).expanduser()
+    alone = (bare / "tokenizer_config.json").is_file() and not (bare / "adapter_config.json").is_file()
+    return bare if alone else locate(bare).tokenizer
 
 
 def load_model(
@@ -93,6 +144,22 @@ def save_folder(
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return out
+
+
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """The tokenizer's files and its template, byte for byte."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+
+
+def stored_dtype(path: Path) -> torch.dtype:
+    """The narrowest floating dtype among the tensors of a model or adapter folder."""
+    files = (
+        [path / "adapter_model.safetensors"] if (path / "adapter_model.safetensors").is_file() else weight_files(path)
+    )
+    found = {_dtype(entry) for file in files for entry in _header(file).values()}
+    return min((d for d in found if d.is_floating_point), key=lambda d: -torch.finfo(d).eps)
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import textwrap
 import typing
 from dataclasses import dataclass, field
@@ -24,12 +25,42 @@ from fastpost.train.strict import Dumper, Loader, build, convert, names, plain, 
 
 
 @dataclass
+class LoraConfig:
+    rank: int = 0
+    """Train a new LoRA adapter of this rank instead of the weights themselves; 0 = no new adapter."""
+    alpha: float = 16.0
+    """The adapter's output is scaled by alpha / rank."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead, which keeps large ranks learning (rsLoRA)."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input while training."""
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Linear layers that get an adapter, by the end of their names, e.g. [q_proj, v_proj]; all-linear = all but the
+    head."""
+    train_embeddings: bool = False
+    """Also train the input embeddings whole; they are saved with the adapter."""
+    train_head: bool = False
+    """Also train the output head whole; it is saved with the adapter."""
+
+
+@dataclass
 class ModelConfig:
     path: str = ""
-    """Hugging Face folder of the model to train (config.json, safetensors weights, tokenizer). Required."""
+    """The model to train: a Hugging Face folder (config.json, safetensors weights, tokenizer), an adapter folder of
+    peft (its base model with the adapter, which goes on training) or the folder of an earlier run. Required."""
+    adapter: str = ""
+    """An adapter folder to go on training upon model.path, when its adapter_config.json does not name the base model's
+    folder."""
     reference: str = "auto"
-    """Where reference log-probs come from: none | start (the model as loaded) | columns (reference_* columns of the
-    data) | the path of a second folder. auto = start when the objective needs a reference, none when it does not."""
+    """Where reference log-probs come from: none | start (the model as loaded, its adapter included) | base (model.path
+    without any adapter) | columns (reference_* columns of the data) | previous (the same as model.previous) | the path
+    of another model, adapter or run. auto = start when the objective needs a reference, none when it does not."""
+    previous: str = "columns"
+    """Where log-probs of the policy that wrote the replies come from, for objectives that need them (inpo, rebel,
+    refuel): columns (previous_* columns of the data) | start | base | the path of another model, adapter or run."""
+    temperature: float = 1.0
+    """Logits are divided by this before every log-prob, those of references too. REBEL and REFUEL use the temperature
+    at which the replies were sampled; stored columns must have been made with it."""
     attention: str = "packed"
     """packed = fastpost's attention over packed rows. Any other name is handed to transformers (sdpa,
     flash_attention_2) and needs data.share_prompt false."""
@@ -38,6 +69,8 @@ class ModelConfig:
     else is a regular expression over parameter names, e.g. [last:4, lm_head]."""
     freeze: list[str] = field(default_factory=list)
     """Leave out of training what one of these matches, in the same words."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters by peft; the run's result is then adapter/, a peft folder."""
 
 
 @dataclass
@@ -66,6 +99,9 @@ class DataConfig:
     """Use only the first so many training rows."""
     eval_limit: int | None = None
     """Use only the first so many held-out rows."""
+    cache: str | None = "auto"
+    """Folder for log-probs of references, found again by a hash of all they depend on. auto = fastpost in
+    $XDG_CACHE_HOME or ~/.cache; None = compute them each time."""
     shuffle: bool = True
     """Draw a new order each epoch, a pure function of (train.seed, epoch); False = file order."""
     share_prompt: bool = True
@@ -260,7 +296,11 @@ def _set(cfg: Config, name: str, text: str, flag: str) -> None:
         cfg.objective.fields[key] = plain(yaml.load(text, Loader=Loader))
         return
     hints = typing.get_type_hints(type(section))
-    if key not in hints:
+    inner, _, rest = key.partition(".")
+    if rest and dataclasses.is_dataclass(hints.get(inner)):  # a group inside a group: --model.lora.rank
+        section, key = getattr(section, inner), rest
+        hints = typing.get_type_hints(type(section))
+    if key not in hints or dataclasses.is_dataclass(hints[key]):
         raise ValueError(f"command line: unknown option {flag}.{suggest(name, field_names())}")
     # A plain string is taken as typed: `--model.path 007` or `--train.output_dir yes` need no quotes inside quotes.
     value = text if hints[key] is str else yaml.load(text, Loader=Loader)
@@ -270,17 +310,20 @@ def _set(cfg: Config, name: str, text: str, flag: str) -> None:
 def help_text() -> str:
     """Every field with its default and its docstring, for `--help`. Read from this file, so it cannot go stale."""
     defaults, lines = to_dict(Config()), []
-    groups = {cls.__name__: group for group, cls in typing.get_type_hints(Config).items()}
+    groups = {cls.__name__: group for group, cls in _groups()}
     for cls in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
         group = groups.get(getattr(cls, "name", ""))
         for entry, doc in zip(cls.body, cls.body[1:]) if group else ():
             if isinstance(entry, ast.AnnAssign) and isinstance(doc, ast.Expr):
                 key = entry.target.id
+                if f"{group}.{key}" in groups.values():
+                    continue
                 text = textwrap.fill(" ".join(doc.value.value.split()), 100).replace("\n", "\n      ")
                 if (group, key) == ("objective", "fields"):
                     lines.append(f"  --objective.FIELD\n      {text}")
                 else:
-                    lines.append(f"  --{group}.{key} [{_spell(defaults[group][key])}]\n      {text}")
+                    value = functools.reduce(dict.get, [*group.split("."), key], defaults)
+                    lines.append(f"  --{group}.{key} [{_spell(value)}]\n      {text}")
     return "\n".join(lines)
 
 
@@ -290,8 +333,18 @@ def _spell(value: Any) -> str:
 
 def field_names() -> list[str]:
     """Every dotted field name, in order."""
-    groups = typing.get_type_hints(Config)
-    return [f"{g}.{n}" for g, cls in groups.items() for n in names(cls) if (g, n) != ("objective", "fields")]
+    groups = _groups()
+    left_out = {"objective.fields", *(group for group, _ in groups)}
+    return [name for group, cls in groups for n in names(cls) if (name := f"{group}.{n}") not in left_out]
+
+
+def _groups() -> list[tuple[str, type]]:
+    """("model", ModelConfig), ("model.lora", LoraConfig), ("data", DataConfig), ..."""
+    found = []
+    for group, cls in typing.get_type_hints(Config).items():
+        inner = [(f"{group}.{n}", c) for n, c in typing.get_type_hints(cls).items() if dataclasses.is_dataclass(c)]
+        found += [(group, cls), *inner]
+    return found
 
 
 # ---- checks that need more than one field ----------------------------------------------------------------------------
@@ -331,6 +384,18 @@ def _check(cfg: Config, where: str) -> None:
             f"{where}: data.max_prompt_length: expected less than data.max_length ({cfg.data.max_length}), "
             f"got {cfg.data.max_prompt_length}. A prompt that fills the row leaves nothing to train."
         )
+    if not cfg.model.temperature > 0:
+        raise ValueError(f"{where}: model.temperature: expected a number above 0, got {cfg.model.temperature}.")
+    if cfg.model.lora.rank < 0:
+        raise ValueError(f"{where}: model.lora.rank: expected at least 0, got {cfg.model.lora.rank}.")
+    if not 0 <= cfg.model.lora.dropout < 1:
+        raise ValueError(f"{where}: model.lora.dropout: expected at least 0 and below 1, got {cfg.model.lora.dropout}.")
+    for name in ("train_embeddings", "train_head"):
+        if getattr(cfg.model.lora, name) and cfg.model.lora.rank == 0:
+            raise ValueError(
+                f"{where}: model.lora.{name}: expected false without a new adapter, got true. Set model.lora.rank; "
+                "without LoRA all weights are trained anyway."
+            )
     if cfg.data.share_prompt and cfg.model.attention != "packed":
         raise ValueError(
             f"{where}: data.share_prompt: attention '{cfg.model.attention}' cannot share the prompt of a pair. Set "

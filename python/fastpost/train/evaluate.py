@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,18 +13,18 @@ import torch
 from fastpost import objectives
 from fastpost.data.collate import Batch
 from fastpost.data.loader import load_dataset
-from fastpost.hf import folder
+from fastpost.hf import adapter, folder
 
 from . import reference
 from .config import Config
 from .device import pick_device
-from .forward import forward, lengths
+from .forward import forward, lengths, start_of
 from .metrics import Sums, add_output
 from .optim import COMPUTE_DTYPE
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, objective, batches: Iterable[Batch]) -> dict[str, float]:
+def evaluate(model: torch.nn.Module, objective, batches: Iterable[Batch], temperature: float = 1.0) -> dict[str, float]:
     """Means over all rows of `batches` under TRL's names, plus `rows`, their number. The model's mode and state are
     left alone."""
     was_training, device = model.training, next(model.parameters()).device
@@ -32,7 +34,7 @@ def evaluate(model: torch.nn.Module, objective, batches: Iterable[Batch]) -> dic
         for batch in batches:
             count = float(objective.count(lengths(batch)))
             batch = batch.to(device)
-            add_output(sums, objective, batch, forward(model, batch, objective), count)
+            add_output(sums, objective, batch, forward(model, batch, objective, temperature), count)
             rows += len(batch.rows)
     finally:
         model.train(was_training)
@@ -45,29 +47,29 @@ def evaluate_config(cfg: Config, path: Path | None = None) -> dict[str, float]:
     """`evaluate` with a recipe's objective and held-out rows (its training rows when it has none) of the model at
     `path`.
 
-    path None = model.path. An objective with a reference measures against the recipe's: `start` is model.path.
+    `path`: a model, adapter or run folder; None = what the recipe starts from. An objective with a reference measures
+    against the recipe's: `start` is what the recipe starts from.
     """
     device, dtype = pick_device(cfg.train.device), COMPUTE_DTYPE[cfg.optim.precision]
     if cfg.train.threads:
         torch.set_num_threads(cfg.train.threads)
     objective = objectives.from_name(cfg.objective.name, **cfg.objective.fields)
-    source = reference.source(cfg.model.reference, objective)
+    sources = reference.sources(cfg.model, objective)
     tokenizer = folder.load_tokenizer(cfg.model.path)
     data = load_dataset(
         cfg.data,
         tokenizer,
         objective,
         path=cfg.data.eval or cfg.data.train,
-        require=reference.columns(objective, source),
+        require=reference.columns(objective, sources),
     )
     rows = list(range(len(data)))
     parts = data.micro_batches(rows, cfg.train.max_tokens_per_micro_batch, cfg.train.micro_batch_size)
 
-    def load(path):
-        return folder.load_model(path, dtype, cfg.model.attention).to(device)
+    def load(place: folder.Place) -> torch.nn.Module:
+        return adapter.load_place(place, dtype, cfg.model.attention).to(device)
 
-    if source not in ("none", "columns"):
-        frozen = load(cfg.model.path if source == "start" else source)
-        reference.fill(data, reference.logprobs(frozen, data, parts))
-        del frozen
-    return evaluate(load(path or cfg.model.path), objective, map(data.batch, parts))
+    start, to_stderr = start_of(cfg.model), partial(print, file=sys.stderr, flush=True)
+    reference.attach(cfg, sources, {"eval": data}, {"eval": parts}, None, lambda: load(start), say=to_stderr)
+    model = load(folder.locate(path) if path else start)
+    return evaluate(model, objective, map(data.batch, parts), cfg.model.temperature)

@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run or one of its checkpoints as a Hugging Face folder."""
+"""A run, one of its checkpoints or an adapter as a folder that others load, and proof that it loads."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from fastpost.hf import folder
+from fastpost.hf import adapter, folder
 
 from . import averaging, checkpoint
-from .config import Config, load_config
-from .forward import load_policy
+from .config import load_config
+from .forward import load_policy, start_of
 from .freezing import frozen_names
 from .optim import AdamW
+from .result import average as average_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+EXACT = 1e-4
+"""Largest relative difference of logits that float32 arithmetic in another order may make."""
 
 
 def export(
@@ -24,52 +29,146 @@ def export(
     *,
     step: int | None = None,
     dtype: str | None = None,
+    merge: bool = False,
     ema: bool = False,
     average: str | None = None,
     updates: bool = False,
+    say: Callable[[str], None] = print,
 ) -> Path:
-    """Write the model of `run` at checkpoint `step` (None: the final model, else the newest checkpoint) to `out`.
+    """Write the result of `run` at checkpoint `step` (None: the final one, else the newest checkpoint) to `out`: a
+    Hugging Face folder, or a peft folder for a run that trained an adapter. `run` may also be an adapter folder.
 
-    ema: the moving average of its weights instead. average: the mean of several checkpoints, see averaging.sources.
-    updates: also print how far each layer has moved from the start model. dtype None = as the start model's files. In
-    bf16 training a checkpoint also holds what bf16 cannot, so fp32 is exact. Raises ValueError when there is no such
-    run or checkpoint, or `out` is not empty.
+    merge: the base model with the adapter in its weights. ema: the moving average of the weights instead. average: the
+    mean of several checkpoints, see averaging.sources. updates: also say how far each layer has moved from the start
+    model. dtype None = as the files that training began with (float32 for an adapter). In bf16 training a checkpoint
+    also holds what bf16 cannot, so fp32 is exact. What was written is loaded again and its logits are compared; `say`
+    gets the largest difference.
+
+    Raises ValueError when there is no such run or checkpoint, when `out` is not empty, when there is nothing to merge
+    or to average, and when the written folder does not compute what the model did: then nothing is kept.
     """
+    kind = DTYPES[dtype] if dtype else None
+    if average is not None and (ema or step is not None):
+        raise ValueError("[export] --average: names its checkpoints itself. Leave --step and --ema out.")
+    model, place, unchanged = _load(run, step, ema, average)
+    adapted = adapter.is_adapted(model)
+    if updates and adapted:
+        raise ValueError("[export] --updates: an adapter leaves the layers as they are. Leave --updates out.")
+    if updates:
+        start = folder.load_model(load_config(run / "config.yaml").model.path, torch.float32, "sdpa", check=False)
+        say(averaging.report(averaging.layer_updates(model, start)))
+    if merge and not adapted:
+        raise ValueError(f"[export] --merge: {run} is a whole model, there is no adapter to merge. Leave --merge out.")
+    before = logits(model)
+    if merge:
+        with adapter.off(model):
+            effect = difference(logits(model), before)
+        model = adapter.merged(model)
+        off = difference(logits(model), before)
+        # Rounding of the written weights can hide in it what a wrong merge does; this cannot, it is all in float32.
+        say(f"check  merged: logits differ by {off:.1e} (relative), the adapter changes them by {effect:.1e}")
+        if not off <= EXACT:
+            raise ValueError(
+                f"[export] --merge: merging changed the logits by {off:.1e}, expected at most {EXACT:.0e}. Nothing is "
+                "written. Serve the adapter unmerged, and report its adapter_config.json."
+            )
+    if adapted and not merge:
+        adapter.save(model, place.base, out, tokenizer=place.tokenizer, dtype=kind)
+    else:
+        folder.save_folder(model, place.base, out, kind, unchanged=unchanged)
+        if place.tokenizer != place.base:
+            folder.copy_tokenizer(place.tokenizer, out)
+    del model
+    try:
+        _check(out, before, kind, say)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+    return out
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    """Float32 logits [2, 16, V] of two fixed rows of tokens, one of them of frequent (low) ids."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    rows = [[(7 * i + 3) % vocabulary for i in range(16)], [(104729 * i + 11) % vocabulary for i in range(16)]]
+    model.eval()
+    return model(torch.tensor(rows, device=model.device), use_cache=False).logits.float()
+
+
+@torch.no_grad()
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference of a row of logits, relative to the row: max |a - b| / |b|, norms over the vocabulary."""
+    return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).max())
+
+
+def bound(dtype: torch.dtype) -> float:
+    """What rounding every weight once to `dtype` may change: 8 units in the last place."""
+    return max(EXACT, 8 * torch.finfo(dtype).eps)
+
+
+def _check(out: Path, before: torch.Tensor, kind: torch.dtype | None, say) -> None:
+    written = kind or folder.stored_dtype(out)
+    after = logits(adapter.load(out, torch.float32, check=False))
+    largest, relative, most = float((after - before).abs().max()), difference(after, before), bound(written)
+    name = str(written).removeprefix("torch.")
+    text = f"loaded again: largest logit difference {largest:.1e}, relative {relative:.1e}, bound {most:.1e} ({name})"
+    if not relative <= most:
+        raise ValueError(
+            f"[export] {out}: {text}. The folder does not compute what the model did; it is removed. If --dtype fp32 "
+            "passes, rounding alone does this to the model, and it should not be stored in less."
+        )
+    say(f"check  {text}")
+
+
+def _load(run: Path, step: int | None, ema: bool, average: str | None):
+    """The model in float32, the folders that it began with, and the names of weights to take from there."""
+    if (run / adapter.CONFIG).is_file():
+        if step is not None or ema or average:
+            name = "--step" if step is not None else "--ema" if ema else "--average"
+            raise ValueError(
+                f"[export] {name}: expected none for an adapter folder, which holds one state. Name a run."
+            )
+        return adapter.load(run, torch.float32, check=False), folder.locate(run), set()
     if not (run / "config.yaml").is_file():
-        raise ValueError(f"[export] {run}: expected a run folder with config.yaml, found none.")
+        raise ValueError(f"[export] {run}: expected a run folder with config.yaml or an adapter folder, found neither.")
     cfg = load_config(run / "config.yaml")
     if ema and cfg.optim.ema is None:
         raise ValueError(f"[export] --ema: {run} kept no average of its weights (optim.ema is none). Leave --ema out.")
-    if average is not None and (ema or step is not None):
-        raise ValueError("[export] --average: names its checkpoints itself. Leave --step and --ema out.")
-    source, final = Path(cfg.model.path), run / ("model-ema" if ema else "model")
+    finished = next((p for p in (run / "model", run / "adapter") if p.is_dir()), None)
+    if step is None and finished and average is None:
+        finished = average_of(finished) if ema else finished
+        model = adapter.load(finished, torch.float32, check=False)
+        return model, folder.locate(finished), frozen_names(model)
+    model = load_policy(cfg, torch.device("cpu"))
+    optimizer = AdamW.from_config(model, cfg)
     if average is not None:
-        model, _ = _started(cfg)
         averaging.fill(model, averaging.sources(run, average))
-    elif step is None and (run / "model").is_dir():
-        model, source = folder.load_model(final, torch.float32, "sdpa", check=False), final
     else:
-        model = _at_checkpoint(run, cfg, step, ema)
-    if updates:
-        start = folder.load_model(cfg.model.path, torch.float32, "sdpa", check=False)
-        print(averaging.report(averaging.layer_updates(model, start)))
-    return folder.save_folder(model, source, out, DTYPES[dtype] if dtype else None, unchanged=frozen_names(model))
+        checkpoint.load(_checkpoint(run, step), model, optimizer)
+        optimizer.widen(ema=ema)
+    place, unchanged = start_of(cfg.model), frozen_names(model)
+    if adapter.is_adapted(model):  # its frozen weights were rounded for training; those that count are in the files
+        model = adapter.moved(model, folder.load_model(place.base, torch.float32, check=False))
+    else:
+        _restore(model, unchanged, place.base)
+    return model.float().eval(), place, unchanged
 
 
-def _at_checkpoint(run: Path, cfg: Config, step: int | None, ema: bool) -> torch.nn.Module:
+def _restore(model: torch.nn.Module, unchanged: set[str], base: Path) -> None:
+    """Frozen weights as the files have them; in bf16 training the model holds them rounded."""
+    if unchanged:
+        start = dict(folder.load_model(base, torch.float32, check=False).named_parameters(remove_duplicate=False))
+        for name, p in model.named_parameters(remove_duplicate=False):
+            if name in unchanged:
+                p.data = start[name].data
+
+
+def _checkpoint(run: Path, step: int | None) -> Path:
     found = {int(p.name[5:]): p for p in checkpoint.checkpoints(run / "checkpoints")}
     if not found:
-        raise ValueError(f"[export] {run}: has no model/ and no checkpoint yet.")
+        raise ValueError(f"[export] {run}: has no model/, no adapter/ and no checkpoint yet.")
     step = max(found) if step is None else step
     if step not in found:
         raise ValueError(f"[export] --step: expected one of {', '.join(map(str, sorted(found)))}, got {step}.")
-    model, optimizer = _started(cfg)
-    checkpoint.load(found[step], model, optimizer)
-    optimizer.widen(ema=ema)
-    return model
-
-
-def _started(cfg: Config) -> tuple[torch.nn.Module, AdamW]:
-    """The start model and its optimizer, for a checkpoint to be loaded into."""
-    model = load_policy(cfg, torch.device("cpu"))
-    return model, AdamW.from_config(model, cfg)
+    return found[step]

@@ -15,24 +15,28 @@ PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 
 
 
 def step_flops(model: torch.nn.Module, batches: Sequence[Batch]) -> float:
-    """Forward and backward: 6 per matrix weight and token, 12 * layers * width of the heads per pair of a token and one
-    that it sees. A prompt that replies share is computed and counted once.
+    """Forward and backward: 6 per trained and 4 per frozen matrix weight and token, 12 * layers * width of the heads
+    per pair of a token and one that it sees. A prompt that replies share is computed and counted once.
 
     An embedding that is not also the output matrix is a look-up and counts nothing; recomputation counts nothing.
     """
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
-    if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
-        weights -= model.get_input_embeddings().weight.numel()
+    ends = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    unused = {id(ends[0])} - {id(ends[1])}
+    each = sum(
+        p.numel() * (6.0 if p.requires_grad else 4.0)
+        for name, p in model.named_parameters()
+        if p.ndim > 1 and id(p) not in unused and "original_module" not in name  # peft's spare of what is trained whole
+    )
     tokens = sum(b.tokens for b in batches)
     pairs = 0.0
     for b in batches:
         own = b.cu_seqlens.diff().double()
         seen = own if b.cu_seqlens_k is None else b.cu_seqlens_k.diff()
         pairs += float((own * (seen - own / 2)).sum())
-    return 6.0 * weights * tokens + 12.0 * config.num_hidden_layers * width * pairs
+    return each * tokens + 12.0 * config.num_hidden_layers * width * pairs
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -12,19 +12,19 @@ from safetensors import safe_open
 
 import fastpost
 from fastpost.data.collate import IGNORE, Batch
-from fastpost.hf import folder
+from fastpost.hf import adapter, folder, lora
 from fastpost.hf.model import backbone, head, verify
 from fastpost.ops.preference_loss import schedule_of
 
-from .config import Config
+from .config import Config, ModelConfig
 from .freezing import freeze
 from .optim import COMPUTE_DTYPE
 from .recompute import recompute
 
 
-def forward(model: torch.nn.Module, batch: Batch, objective):
+def forward(model: torch.nn.Module, batch: Batch, objective, temperature: float = 1.0):
     """The objective's PreferenceOutput on `batch`: losses [P or S], logprob [S], rewards [S], length [S], all
-    float32."""
+    float32. Log-probs are those of logits / temperature."""
     h, hidden = head(model), backbone(model, batch)
     return fastpost.preference_loss(
         hidden,
@@ -37,7 +37,7 @@ def forward(model: torch.nn.Module, batch: Batch, objective):
         reward=batch.reward,
         bias=h.bias,
         low_rank=h.low_rank(hidden),
-        temperature=h.temperature,
+        temperature=h.temperature * temperature,
         softcap=h.softcap,
     )
 
@@ -58,17 +58,54 @@ def lengths(batch: Batch) -> torch.Tensor:
 
 def load_policy(cfg: Config, device: torch.device) -> torch.nn.Module:
     """The model to train, in the precision its optimizer should start from: float32 if the files hold more than bf16
-    does."""
-    compute = COMPUTE_DTYPE[cfg.optim.precision]
-    keep = cfg.optim.precision == "bf16" and wider_than_bf16(Path(cfg.model.path))
-    model = folder.load_model(cfg.model.path, torch.float32 if keep else compute, cfg.model.attention, check=False)
+    does and more than an adapter is trained. With an adapter, a new one or one that goes on, only that requires
+    gradients."""
+    start, compute = start_of(cfg.model), COMPUTE_DTYPE[cfg.optim.precision]
+    dtype = torch.float32 if has_masters(cfg) else compute
+    model = folder.load_model(start.base, dtype, cfg.model.attention, check=False)
+    if start.adapter:
+        model = adapter.continued(model, start.adapter).eval()
+    elif cfg.model.lora.rank:
+        model = adapter.fresh(model, **vars(cfg.model.lora)).eval()
+    if cfg.optim.precision == "pure-bf16":
+        adapter.narrow(model, compute)
     for name, p in model.named_parameters():
         if not math.isfinite(p.detach().sum(dtype=torch.float32)):
             raise ValueError(f"[train] {cfg.model.path}: {name} holds NaN or infinity. Fetch the folder again.")
     verify(model)
     freeze(model, cfg.model.train, cfg.model.freeze)
-    recompute(model, cfg.train.gradient_checkpointing, device)
+    recompute(lora.inner(model), cfg.train.gradient_checkpointing, device)
     return model.to(device)
+
+
+def has_masters(cfg: Config) -> bool:
+    """Whether bf16 training keeps float32 masters of weights that the model came with, so must load them as float32."""
+    if cfg.optim.precision != "bf16":
+        return False
+    start, own = start_of(cfg.model), cfg.model.lora
+    if start.adapter:  # what it trained whole is float32 in its file; the rest is frozen
+        return bool(adapter.read_config(start.adapter).get("modules_to_save"))
+    return (not own.rank or own.train_embeddings or own.train_head) and wider_than_bf16(start.base)
+
+
+def start_of(cfg: ModelConfig) -> folder.Place:
+    """The folders that training starts from. Raises ValueError when settings name two adapters to train."""
+    place = folder.locate(cfg.path)
+    if cfg.adapter:
+        if place.adapter is not None:
+            raise ValueError(
+                f"[train] model.adapter: expected nothing, because model.path ({cfg.path}) is an adapter already, got "
+                f"{cfg.adapter}. Give one of them."
+            )
+        adapter.read_config(Path(cfg.adapter).expanduser())
+        place = place._replace(adapter=Path(cfg.adapter).expanduser())
+    if place.adapter is not None and cfg.lora.rank:
+        raise ValueError(
+            f"[train] model.lora.rank: expected 0, because the adapter {place.adapter} goes on training with its own "
+            f"rank, got {cfg.lora.rank}. For a new adapter upon it, merge it first: fastpost export {place.adapter} "
+            "OUT --merge."
+        )
+    return place
 
 
 def wider_than_bf16(path: Path) -> bool:

@@ -4,24 +4,21 @@
 from __future__ import annotations
 
 import random
-import shutil
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from fastpost import objectives
 from fastpost.data.loader import Dataset, load_dataset
 from fastpost.hf import folder
 
-from . import checkpoint, freezing, moments, plot, reference
+from . import checkpoint, freezing, moments, plot, reference, result
 from .config import Config
 from .device import pick_device
 from .evaluate import evaluate
 from .flops import peak_flops, step_flops
-from .forward import load_policy, schedule, wider_than_bf16
+from .forward import load_policy, schedule
 from .metrics import RunLog, peak_memory_gb
 from .optim import COMPUTE_DTYPE, AdamW
 from .plan import Plan
@@ -30,7 +27,7 @@ from .step import train_step
 
 
 def train(cfg: Config) -> Path:
-    """Train as `cfg` says and return the run folder, whose model/ is a Hugging Face folder.
+    """Train as `cfg` says and return the run folder, whose model/ is a Hugging Face folder (adapter/ a peft folder).
 
     A run that was interrupted goes on from its newest checkpoint and gives, at one thread, the bits of an unbroken one.
     Raises ValueError for a mistake in settings or data, NotFinite when a loss or gradient is not a number,
@@ -39,7 +36,7 @@ def train(cfg: Config) -> Path:
     with RunFolder(cfg) as run:
         if run.finished:
             print(
-                f"{run.path} is finished: its model is {run.model}. For another run choose another --train.output_dir."
+                f"{run.path} is finished: its model is {run.result}. For another run choose another --train.output_dir."
             )
         else:
             _train(cfg, run)
@@ -57,8 +54,8 @@ def _train(cfg: Config, run: RunFolder) -> None:
     if cfg.optim.name == "adamw8bit":
         moments.library()
     objective = objectives.from_name(cfg.objective.name, **cfg.objective.fields)
-    source = reference.source(cfg.model.reference, objective)
-    data = load_data(cfg, objective, source)
+    sources = reference.sources(cfg.model, objective)
+    data = load_data(cfg, objective, sources)
     plan = Plan(cfg, data["train"])
     parts = {"train": plan.first_epoch()}
     if "eval" in data:
@@ -67,27 +64,26 @@ def _train(cfg: Config, run: RunFolder) -> None:
     model = load_policy(cfg, device)
     print(freezing.summary(model), flush=True)
     optimizer = AdamW.from_config(model, cfg)
-    if source == "start":
-        reference.attach(data, parts, run.reference, lambda: model)
-    elif source not in ("none", "columns"):
-        frozen = partial(folder.load_model, source, compute, cfg.model.attention)
-        reference.attach(data, parts, run.reference, lambda: frozen().to(device))
+    reference.attach(cfg, sources, data, parts, run.reference, lambda: model)
 
     newest = checkpoint.latest(run.checkpoints)
     start = checkpoint.load(newest, model, optimizer) if newest else 0
     seen = sum(map(plan.tokens, range(start)))
-    peak = peak_flops(device, compute)
+    peak, temperature = peak_flops(device, compute), cfg.model.temperature
 
     with RunLog(run.path, finished=start, total=plan.steps, every=cfg.log.every) as log:
 
         def held_out(step: int) -> None:
             if "eval" not in data:
                 return
-            values = evaluate(model, objective, map(data["eval"].batch, parts["eval"]))
+
+            def measure() -> dict[str, float]:
+                return evaluate(model, objective, map(data["eval"].batch, parts["eval"]), temperature)
+
+            values = measure()
             if optimizer.ema is not None and step > 0:
                 with optimizer.ema.applied():
-                    averaged = evaluate(model, objective, map(data["eval"].batch, parts["eval"]))
-                values |= {f"ema/{name}": value for name, value in averaged.items() if name != "rows"}
+                    values |= {f"ema/{name}": value for name, value in measure().items() if name != "rows"}
             log.evaluation(step, values)
 
         if newest:
@@ -103,8 +99,9 @@ def _train(cfg: Config, run: RunFolder) -> None:
             batches = [data["train"].batch(part) for part in plan.parts(step)]
             ready = time.perf_counter()
             values = train_step(
-                model, objective, optimizer, batches, step=step, lr=plan.lr(step), max_grad_norm=cfg.optim.max_grad_norm
-            )
+                model, objective, optimizer, batches, step=step, lr=plan.lr(step),
+                max_grad_norm=cfg.optim.max_grad_norm, temperature=temperature,
+            )  # fmt: skip
             seconds = time.perf_counter() - begin
 
             tokens = plan.tokens(step)
@@ -118,7 +115,7 @@ def _train(cfg: Config, run: RunFolder) -> None:
                 "data_wait": (ready - begin) / seconds,
             }
             if step == 0:
-                log.say(initial_check(values["loss"], objective.initial_loss(), source, cfg.optim.precision))
+                log.say(initial_check(values["loss"], objective.initial_loss(), sources, cfg.optim.precision))
                 log.say(f"head   {schedule(model, batches[0].to(device), objective)}")
             log.step(step + 1, values, timing)
 
@@ -129,52 +126,37 @@ def _train(cfg: Config, run: RunFolder) -> None:
                 log.sync()
                 checkpoint.save(run.checkpoints, step + 1, model, optimizer, keep=cfg.train.keep_latest)
 
-    unchanged = freezing.frozen_names(model)
-    try:
-        if optimizer.ema is not None:
-            shutil.rmtree(run.model_ema, ignore_errors=True)  # of an end that was cut short
-            with optimizer.ema.applied(torch.float32):
-                folder.save_folder(model, cfg.model.path, run.model_ema, unchanged=unchanged)
-        if wider_than_bf16(Path(cfg.model.path)):
-            optimizer.widen()
-        optimizer.drop()
-        folder.save_folder(model, cfg.model.path, run.model, unchanged=unchanged)
-    except (OSError, SafetensorError) as error:
-        begin = checkpoint.latest(run.checkpoints) or "the beginning (train.save_every is 0)"
-        raise checkpoint.CheckpointError(
-            f"[train] {run.model}: the final model could not be written: {error}. Free some space and start the same "
-            f"command again: it goes on from {begin}."
-        ) from error
+    out = result.write(cfg, run, model, optimizer)
     if cfg.log.plot:
         plot.draw([run.path], run.plot)
-    print(f"saved {run.path}/{{config.yaml,metrics.jsonl,{'loss.png,' if cfg.log.plot else ''}model/}}")
+    print(f"saved {run.path}/{{config.yaml,metrics.jsonl,{'loss.png,' if cfg.log.plot else ''}{out.name}/}}")
 
 
 def _due(finished: int, every: int) -> bool:
     return every > 0 and finished % every == 0
 
 
-def load_data(cfg: Config, objective, source: str) -> dict[str, Dataset]:
+def load_data(cfg: Config, objective, sources: dict[str, str]) -> dict[str, Dataset]:
     """{"train": ..., "eval": ...} (eval when there is one), with one printed line on what was kept of each."""
     tokenizer = folder.load_tokenizer(cfg.model.path)
     paths = {"train": cfg.data.train} | ({"eval": cfg.data.eval} if cfg.data.eval else {})
     data = {}
     for name, path in paths.items():
         data[name] = load_dataset(
-            cfg.data, tokenizer, objective, path=path, require=reference.columns(objective, source)
+            cfg.data, tokenizer, objective, path=path, require=reference.columns(objective, sources)
         )
         print(f"{name:5s}  {data[name].report.line()}", flush=True)
     return data
 
 
-def initial_check(loss: float, expected: float | None, source: str, precision: str) -> str:
+def initial_check(loss: float, expected: float | None, sources: dict[str, str], precision: str) -> str:
     """Compare the loss before the first update with its closed form: a wrong reference, mask or sum shows here."""
-    text = f"check  reference = {source}, loss at step 0: {loss:.6f}"
+    text = f"check  reference = {reference.describe(sources)}, loss at step 0: {loss:.6f}"
     if expected is None:
         return f"{text} (no closed form)"
     text += f" (expected {expected:.6f}, difference {loss - expected:+.1e})"
-    if source != "start":
+    if not reference.is_start(sources):
         return f"{text}   only meaningful if the reference is the starting model"
     if abs(loss - expected) <= (1e-4 if precision == "fp32" else 2e-2) * max(1.0, abs(expected)):
         return f"{text}   ok"
-    return f"{text}   WARNING: policy and reference disagree before the first update (dropout in the model?)"
+    return f"{text}   WARNING: policy and reference disagree before the first update (dropout?)"

@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-probs under the reference: computed once before training, one float32 per sequence, so no second model stays in
-memory."""
+"""Log-probs under frozen models (the reference, the previous policy): computed once before training, one float32 per
+sequence, so no second model stays in memory; kept for other runs, so a sweep computes them once.
+
+    sources = reference.sources(cfg.model, objective)  # {"reference_logprob": "start", "previous_logprob": "columns"}
+    data = load_dataset(..., require=reference.columns(objective, sources))
+    reference.attach(cfg, sources, {"train": data}, {"train": parts}, run.reference, lambda: model)
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,74 +21,220 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fastpost.data.loader import Dataset
+from fastpost.hf import adapter, folder
 from fastpost.objectives import SFT
 
-from .forward import forward
+from . import logprob_cache as cache
+from .config import Config, ModelConfig
+from .device import pick_device
+from .forward import forward, has_masters, start_of
+from .optim import COMPUTE_DTYPE
+
+FIELDS = {"previous_logprob": "previous", "reference_logprob": "reference"}
+"""Column of an example -> the field of ModelConfig that says where it comes from."""
 
 
-def source(reference: str, objective) -> str:
-    """Resolve model.reference to none | start | columns | a path. Raises ValueError when the objective needs one and
-    gets none."""
-    if not objective.needs_reference:
-        return "none"
-    if reference == "none":
+def sources(cfg: ModelConfig, objective) -> dict[str, str]:
+    """Where each column that the objective needs comes from: start | base | columns | previous | a path; "auto" is
+    resolved. Empty for an objective without a reference.
+
+    Raises ValueError when the objective needs a reference and gets none, when a path is no model, and for `base` where
+    the adapter that is trained did not start there. No weight is read.
+    """
+    found = {}
+    reference = "none" if not objective.needs_reference else "start" if cfg.reference == "auto" else cfg.reference
+    if objective.needs_reference and reference == "none":
         raise ValueError(
             f"[train] model.reference: {objective.name} needs log-probs of a reference, got 'none'. Use start (the "
-            "model as loaded), columns (reference_* columns of the data) or the path of a model folder."
+            "model as loaded), base (without its adapter), columns (reference_* columns of the data), previous or the "
+            "path of a model, adapter or run folder."
         )
-    return "start" if reference == "auto" else reference
+    if objective.needs_previous or reference == "previous":
+        found["previous_logprob"] = cfg.previous
+    if reference != "none":
+        found["reference_logprob"] = reference
+    for column, source in found.items():
+        _check(cfg, FIELDS[column], source)
+    return found
 
 
-def columns(objective, source: str) -> tuple[str, ...]:
+def columns(objective, sources: dict[str, str]) -> tuple[str, ...]:
     """The numbers that every row of the data must bring along."""
-    needs = {
-        "reference_logprob": source == "columns",
-        "previous_logprob": objective.needs_previous,
-        "reward": objective.needs_reward and objective.paired,  # single replies may have a label instead
-    }
-    return tuple(name for name, needed in needs.items() if needed)
+    stored = tuple(column for column, source in sources.items() if source == "columns")
+    # Single replies may have a label instead of a reward.
+    return stored + ("reward",) * (objective.needs_reward and objective.paired)
+
+
+def describe(sources: dict[str, str]) -> str:
+    """For the check before the first step: "start", "base, previous = columns", "none"."""
+    words = [sources["reference_logprob"]] if "reference_logprob" in sources else []
+    words += [f"previous = {sources['previous_logprob']}"] if "previous_logprob" in sources else []
+    return ", ".join(words) or "none"
+
+
+def is_start(sources: dict[str, str]) -> bool:
+    """Whether every frozen model equals the policy before its first step, so that the loss has its closed form. `base`
+    does: it is refused where it does not."""
+    return bool(sources) and {*sources.values()} - {"previous"} <= {"start", "base"}
 
 
 def attach(
-    data: dict[str, Dataset], parts: dict[str, list[list[int]]], table: Path, model: Callable[[], torch.nn.Module]
+    cfg: Config,
+    sources: dict[str, str],
+    data: dict[str, Dataset],
+    parts: dict[str, list[list[int]]],
+    table: Path | None,
+    start: Callable[[], torch.nn.Module],
+    say: Callable[[str], None] = print,
 ) -> None:
-    """Set reference_logprob on every example of `data`, from the file `table`, or from `model()` and then written to
-    `table`.
+    """Set the columns of `sources` on every example of `data`: from `table` (the run's own file, so that a resumed run
+    needs nothing else), from the cache, or computed and then written to both.
 
-    `parts`: the micro-batches to compute in, covering each dataset once. Taking those of the first epoch makes the
-    policy's first log-probs equal the reference to the last bit, because both see the same packing.
+    `start` gives the model as loaded, in the precision of training. `parts`: the micro-batches to compute in, covering
+    each dataset once. Taking those of the first epoch makes the policy's first log-probs equal the reference to the
+    last bit, because both see the same packing. `say` gets one line for each dataset, made or reused.
+
+    Raises ValueError when `table` was made for other rows or another model.
     """
-    if not table.exists():
-        frozen = model()
-        tensors = {name: logprobs(frozen, data[name], parts[name]) for name in data}
-        del frozen
-        draft = table.with_name(f".unfinished-{table.name}")
-        save_file(tensors, draft)
-        os.replace(draft, table)
-    with safe_open(table, framework="pt") as file:
+    computed = {c: s for c, s in sources.items() if s not in ("columns", "previous")}
+    values, contents = {}, {}
+    rows = {name: cache.rows_digest(dataset) for name, dataset in data.items()} if computed else {}
+    for column, source in computed.items():
+        model = cache.model_digest(*_files(cfg.model, source))
+        for name in data:
+            contents[_entry(column, name)] = cache.content(model, rows[name], cfg.model.temperature)
+    if computed and table is not None and table.exists():
+        values = _own(table, contents, {_entry(c, n): len(d) for c in computed for n, d in data.items()})
+    elif computed:
+        for column, source in computed.items():
+            values |= _find_or_make(cfg, column, source, data, parts, contents, start, say)
+        if table is not None:
+            draft = table.with_name(f".unfinished-{table.name}")
+            save_file(values, draft, metadata=contents)
+            os.replace(draft, table)
+    for column in computed:
         for name, dataset in data.items():
-            values = file.get_tensor(name)
-            if len(values) != len(dataset):
-                raise ValueError(
-                    f"[train] {table}: expected {len(dataset)} rows for '{name}', got {len(values)}. The data changed "
-                    "since this run began: start it in another folder."
-                )
-            fill(dataset, values)
+            fill(dataset, values[_entry(column, name)], column)
+    if sources.get("reference_logprob") == "previous":
+        for dataset in data.values():
+            fill(dataset, torch.tensor([e.previous_logprob for e in dataset.examples]), "reference_logprob")
 
 
-def fill(dataset: Dataset, values: torch.Tensor) -> None:
-    """Set reference_logprob of each example from a row of `values` [examples, sequences of each]."""
+def fill(dataset: Dataset, values: torch.Tensor, column: str) -> None:
+    """Set `column` of each example from a row of `values` [examples, sequences of each]."""
     pairs = zip(dataset.examples, values.tolist(), strict=True)
-    dataset.examples[:] = [replace(example, reference_logprob=tuple(row)) for example, row in pairs]
+    dataset.examples[:] = [replace(example, **{column: tuple(row)}) for example, row in pairs]
 
 
 @torch.no_grad()
-def logprobs(model: torch.nn.Module, dataset: Dataset, parts: list[list[int]]) -> torch.Tensor:
+def logprobs(
+    model: torch.nn.Module, dataset: Dataset, parts: list[list[int]], temperature: float = 1.0
+) -> torch.Tensor:
     """Summed log-probs, float32 [examples, sequences of each], computed in the micro-batches `parts`."""
     device = next(model.parameters()).device
     model.eval()
     out = torch.full((len(dataset), len(dataset.examples[0].sequences)), torch.nan)
     for part in parts:
-        logprob = forward(model, dataset.batch(part).to(device), SFT()).logprob
+        logprob = forward(model, dataset.batch(part).to(device), SFT(), temperature).logprob
         out[part] = logprob.float().cpu().view(len(part), -1)
     return out
+
+
+def _check(cfg: ModelConfig, field: str, source: str) -> None:
+    if source == "base" and (place := start_of(cfg)).adapter is not None:
+        raise ValueError(
+            f"[train] model.{field}: expected start, because this run goes on training the adapter {place.adapter}, "
+            "got 'base'. The model without it is not what training starts from: the loss would begin away from its "
+            "closed form and pull back to what was before that adapter (this mistake: TRL #1193, PR #6591). "
+            "start is that adapter as it is now, frozen. If you do mean the model without it, name it by its path: "
+            f"--model.{field} {place.base}"
+        )
+    words = ("start", "base", "columns", *(("previous",) if field == "reference" else ()))
+    if source not in words:
+        path = Path(source).expanduser()
+        if not path.is_dir():
+            raise ValueError(
+                f"[train] model.{field}: expected {', '.join(words)} or the folder of a model, an adapter or a run; "
+                f"got '{source}', and there is no such folder."
+            )
+        folder.locate(path)
+
+
+def _files(cfg: ModelConfig, source: str) -> tuple[Path, Path | None]:
+    """(base, adapter) whose files decide the numbers. A new adapter begins as no change, so it counts as none."""
+    place = start_of(cfg) if source in ("start", "base") else folder.locate(source)
+    return place.base, None if source == "base" else place.adapter
+
+
+def _route(cfg: Config, source: str) -> str:
+    """What sets the last bits apart where the files are the same. A new adapter on the head changes no number at first,
+    but which kernel computes it; float32 masters round half-way cases to another bf16 than a folder that is loaded."""
+    new = cfg.model.lora
+    head = f"{new.rank} {new.targets}" if source == "start" and new.rank and new.targets != ["all-linear"] else ""
+    return f"{head} {source in ('start', 'base') and has_masters(cfg)}"
+
+
+def _entry(column: str, name: str) -> str:
+    return name if column == "reference_logprob" else f"{FIELDS[column]}.{name}"
+
+
+def _own(table: Path, contents: dict[str, str], rows: dict[str, int]) -> dict[str, torch.Tensor]:
+    """The run's own values. ValueError when they were made for something else."""
+    with safe_open(table, framework="pt") as file:
+        stored, values = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name, content in contents.items():
+        found = len(values.get(name, ()))
+        if found != rows[name]:
+            raise ValueError(
+                f"[train] {table}: expected {rows[name]} rows for '{name}', got {found}. The data changed since this "
+                "run began: start it in another folder."
+            )
+        if stored.get(name) != content:
+            raise ValueError(
+                f"[train] {table}: '{name}' holds log-probs of other tokens or of another model. The data or the "
+                "model's files changed since this run began: start it in another folder."
+            )
+    return values
+
+
+def _find_or_make(cfg: Config, column, source, data, parts, contents, start, say) -> dict[str, torch.Tensor]:
+    """The values of one column for each dataset, from the cache or computed, with one printed line for each."""
+    store, device, dtype = cache.cache_folder(cfg.data.cache), pick_device(cfg.train.device), _dtype(cfg)
+    files, values = {}, {}
+    for name, dataset in data.items():
+        entry, what = _entry(column, name), f"{FIELDS[column]} = {source}: log-probs of {len(dataset)} {name} rows"
+        if store is not None:
+            how = (device, dtype, cfg.model.attention, _route(cfg, source), dataset.share_prompt, parts[name])
+            files[name] = store / cache.file_name(contents[entry], *how)
+            values[entry] = cache.read(files[name], len(dataset))
+        if values.get(entry) is not None:
+            say(f"{what} reused from {files[name]}")
+    missing = [name for name in data if values.get(_entry(column, name)) is None]
+    if not missing:
+        return values
+    with _frozen(cfg, source, start) as model:
+        for name in missing:
+            begin = time.perf_counter()
+            result = logprobs(model, data[name], parts[name], cfg.model.temperature)
+            text = f"computed in {time.perf_counter() - begin:.1f} s"
+            if store is not None:
+                kept = cache.write(files[name], result)
+                text += f", kept in {files[name]}" if kept else f" ({store} cannot be written, so they are not kept)"
+            say(f"{FIELDS[column]} = {source}: log-probs of {len(data[name])} {name} rows {text}")
+            values[_entry(column, name)] = result
+    return values
+
+
+@contextlib.contextmanager
+def _frozen(cfg: Config, source: str, start: Callable[[], torch.nn.Module]) -> Iterator[torch.nn.Module]:
+    if source == "start":
+        yield start()
+    elif source == "base":
+        with adapter.off(start()) as model:
+            yield model
+    else:
+        yield adapter.load(source, _dtype(cfg), cfg.model.attention).to(pick_device(cfg.train.device))
+
+
+def _dtype(cfg: Config) -> torch.dtype:
+    return COMPUTE_DTYPE[cfg.optim.precision]

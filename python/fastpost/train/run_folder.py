@@ -2,7 +2,7 @@
 """The folder of a run: never overwritten, resumed only by the run that made it.
 
 run/config.yaml  metrics.jsonl  timing.jsonl  loss.png  reference.safetensors  checkpoints/step-000010/  model/
-model-ema/ with optim.ema
+or adapter/; with optim.ema also model-ema/ or adapter-ema/
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import fastpost
 from . import checkpoint
 from .config import Config, dump, load_config, to_dict
 
-FREE = ("log.", "train.output_dir", "train.resume", "train.keep_latest")
+FREE = ("log.", "train.output_dir", "train.resume", "train.keep_latest", "data.cache")
 """Fields that change no number of a run; a resume may differ in them."""
 
 
@@ -32,7 +32,7 @@ class RunFolder:
         self.reference = self.path / "reference.safetensors"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
-        self.model_ema = self.path / "model-ema"
+        self.adapter = self.path / "adapter"
         self.plot = self.path / "loss.png"
         self._refuse_foreign()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,12 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        return self.model.is_dir()
+        return self.model.is_dir() or self.adapter.is_dir()
+
+    @property
+    def result(self) -> Path:
+        """Where the trained model is, or adapter/ if that is what was trained."""
+        return self.adapter if self.adapter.is_dir() else self.model
 
     def __enter__(self) -> RunFolder:
         return self

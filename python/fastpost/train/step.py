@@ -30,6 +30,7 @@ def train_step(
     step: int,
     lr: float,
     max_grad_norm: float | None,
+    temperature: float = 1.0,
 ) -> dict[str, float]:
     """Step number `step` (from 0) over all rows of `batches`; returns its metrics under TRL's names.
 
@@ -43,7 +44,7 @@ def train_step(
     with Gradients(optimizer.parameters, len(batches)) as gradients:
         for batch, count in zip(batches, counts, strict=True):
             batch = batch.to(optimizer.device)
-            output = forward(model, batch, objective)
+            output = forward(model, batch, objective, temperature)
             (output.losses.sum() / denominator).backward()
             add_output(sums, objective, batch, output, count)
             losses.append(output.losses.detach())
