@@ -118,9 +118,9 @@ def test_export_checks_what_it_wrote(tmp_path, monkeypatch):
     run = train(runs.recipe(tmp_path, "--train.max_steps", "1", model={"tie": False}))
     plain = folder.save_folder
 
-    def loses_the_head(model, source, out, *rest):
+    def loses_the_head(model, source, out, *rest, **more):
         model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.detach().clone())
-        return plain(model, source, out, *rest)
+        return plain(model, source, out, *rest, **more)
 
     monkeypatch.setattr(folder, "save_folder", loses_the_head)
     with pytest.raises(ValueError, match="does not compute what the model did; it is removed"):

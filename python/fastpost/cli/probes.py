@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 PACKAGES = (
-    "numpy transformers tokenizers peft pyyaml safetensors matplotlib gguf triton trl liger-kernel nvidia-cutlass "
+    "numpy transformers tokenizers peft pyyaml safetensors matplotlib gguf triton trl liger-kernel bitsandbytes nvidia-cutlass "
     "pytest ruff clang-format"
 ).split()
 OTHER_VARIABLES = (

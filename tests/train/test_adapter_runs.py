@@ -115,7 +115,7 @@ def test_a_merge_that_goes_wrong_is_not_kept(finished, tmp_path, monkeypatch):
             export.export(finished / "run", tmp_path / "out", merge=True)
     assert not (tmp_path / "out").exists()
     plain = folder.save_folder
-    spoil = lambda model, *rest: plain(model.apply(_shrink_norm), *rest)  # noqa: E731
+    spoil = lambda model, *rest, **more: plain(model.apply(_shrink_norm), *rest, **more)  # noqa: E731
     monkeypatch.setattr(folder, "save_folder", spoil)
     with pytest.raises(ValueError, match="does not compute what the model did; it is removed"):
         export.export(finished / "run", tmp_path / "out", merge=True)
@@ -179,7 +179,7 @@ def test_settings_that_contradict(finished, tmp_path):
     )
     assert "model.lora.train_head: expected false without a new adapter" in message("--model.lora.train_head", "true")
     assert "model.lora.dropout: expected at least 0 and below 1, got 1.0" in message("--model.lora.dropout", "1")
-    assert "model.lora.targets: expected a list, got a string 'q_proj'" in message("--model.lora.targets", "q_proj")
+    assert "expected names of linear layers, got 'no_proj'" in message(*LORA, "--model.lora.targets", "no_proj")
     assert "unknown option --model.lora.rnk. Did you mean" in message("--model.lora.rnk", "1")
 
 
