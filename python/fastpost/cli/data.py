@@ -25,17 +25,22 @@ def main(argv: list[str]) -> int:
     cfg = load_config(argv[0], argv[1:])
     from fastpost import objectives
     from fastpost.data.loader import load_dataset
+    from fastpost.data.mixture import Mixture
     from fastpost.hf.folder import load_tokenizer
 
     objective = objectives.from_name(cfg.objective.name, **cfg.objective.fields)
     tokenizer = load_tokenizer(cfg.model.path)
     require = ("reference_logprob",) if cfg.model.reference == "columns" else ()
-    for path in dict.fromkeys(p for p in (cfg.data.train, cfg.data.eval) if p):
+    for path in [cfg.data.train] + [cfg.data.eval] * (cfg.data.eval not in (None, cfg.data.train)):
         data = load_dataset(cfg.data, tokenizer, objective, path=path, require=require)
-        print("\n".join(describe(cfg, data, tokenizer)))
+        for part in data.split():
+            print("\n".join(describe(cfg, part, tokenizer)))
+            if path == cfg.data.train:
+                for example in part.examples[:ROWS]:
+                    print("\n".join(show(example, tokenizer, colour())))
         if path == cfg.data.train:
-            for example in data.examples[:ROWS]:
-                print("\n".join(show(example, tokenizer, colour())))
+            mixture = Mixture(data, seed=cfg.train.seed, tokens=cfg.data.epoch_tokens, fixed=cfg.data.draw == "fixed")
+            print(*mixture.lines(), sep="\n", end="\n" * (not mixture.whole))
         print()
     return 0
 
@@ -55,6 +60,9 @@ def describe(cfg: Config, data, tokenizer) -> list[str]:
         f"tokens {sum(lengths)}   p50 {p50}  p95 {p95}  max {lengths[-1]}   {share}",
         f"BOS {report.bos} a sequence   end of turn {end}   {template(tokenizer)}",
     ]
+    lines += [part.cache for part in data.parts if part.cache]
+    if report.inner_ends:
+        lines.append(f"note: {report.inner_ends} documents hold {report.end} inside")
     if report.merged:
         lines.append(
             f"note: {report.merged} sequences would share a token between prompt and reply; "
@@ -74,7 +82,8 @@ def show(example, tokenizer, in_colour: bool) -> list[str]:
     """A row with its trained tokens marked."""
     left, right = ("\033[1;32m", "\033[0m") if in_colour else ("[[", "]]")
     lines = []
-    names = ("chosen", "rejected") if len(example.sequences) == 2 else ("",)
+    paired = len(example.sequences) == 2 and not example.packed
+    names = ("chosen", "rejected") if paired else ("",) * len(example.sequences)
     for name, s in zip(names, example.sequences):
         text = ""
         for on, ids in runs(s):

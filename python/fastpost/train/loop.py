@@ -57,6 +57,7 @@ def _train(cfg: Config, run: RunFolder) -> None:
     source = reference.source(cfg.model.reference, objective)
     data = load_data(cfg, objective, source)
     plan = Plan(cfg, data["train"])
+    print(*plan.mixture.lines(), sep="\n", end="\n" * (not plan.mixture.whole), flush=True)
     parts = {"train": plan.first_epoch()}
     if "eval" in data:
         parts["eval"] = plan.cut(data["eval"], list(range(len(data["eval"]))))
@@ -155,7 +156,8 @@ def load_data(cfg: Config, objective, source: str) -> dict[str, Dataset]:
         data[name] = load_dataset(
             cfg.data, tokenizer, objective, path=path, require=reference.columns(objective, source)
         )
-        print(f"{name:5s}  {data[name].report.line()}", flush=True)
+        for line in data[name].lines():
+            print(f"{name:5s}  {line}", flush=True)
     return data
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -71,8 +70,7 @@ def attach(
 
 def fill(dataset: Dataset, values: torch.Tensor) -> None:
     """Set reference_logprob of each example from a row of `values` [examples, sequences of each]."""
-    pairs = zip(dataset.examples, values.tolist(), strict=True)
-    dataset.examples[:] = [replace(example, reference_logprob=tuple(row)) for example, row in pairs]
+    dataset.examples.put("reference_logprob", values)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import fastpost
 from . import checkpoint
 from .config import Config, dump, load_config, to_dict
 
-FREE = ("log.", "train.output_dir", "train.resume", "train.keep_latest")
+FREE = ("log.", "train.output_dir", "train.resume", "train.keep_latest", "data.cache")
 """Fields that change no number of a run; a resume may differ in them."""
 
 

@@ -77,9 +77,10 @@ def convert(value: Any, kind: Any, name: str, where: str) -> Any:
     """`value` as the declared type `kind`; a number may be written as a string (PyYAML reads 1e-6 as one)."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
-        if value is None or value in ("none", "None"):  # YAML's own word is null, but Python's is what people type
-            return None
-        return convert(value, next(a for a in args if a is not type(None)), name, where)
+        if type(None) in args and (value is None or value in ("none", "None")):
+            return None  # YAML's own word is null, but Python's is what people type
+        many = [a for a in args if typing.get_origin(a) is list and isinstance(value, list)]
+        return convert(value, next(a for a in (*many, *args) if a is not type(None)), name, where)
     if kind is Any:
         return plain(value)
     if kind is str and value is None:  # "path:" left open in a recipe
@@ -95,6 +96,12 @@ def convert(value: Any, kind: Any, name: str, where: str) -> Any:
             return {
                 convert(k, args[0], name, where): convert(v, args[1], f"{name}.{k}", where) for k, v in value.items()
             }
+    elif origin is list:
+        if isinstance(value, list):
+            return [convert(v, args[0], f"{name}[{i}]", where) for i, v in enumerate(value)]
+    elif dataclasses.is_dataclass(kind):
+        if isinstance(value, dict):
+            return build(kind, value, f"{name}.", where)
     elif origin is tuple:
         if isinstance(value, (list, tuple)) and len(value) == len(args):
             return tuple(convert(v, a, f"{name}[{i}]", where) for i, (v, a) in enumerate(zip(value, args, strict=True)))
@@ -144,4 +151,6 @@ def _type_name(kind: Any) -> str:
     kinds = {float: "a number", int: "a whole number", str: "a string", bool: "true or false", dict: "a mapping"}
     if typing.get_origin(kind) is tuple:
         return f"a list of {len(typing.get_args(kind))} numbers"
+    if dataclasses.is_dataclass(kind):
+        return f"a mapping with keys {', '.join(names(kind))}"
     return kinds.get(typing.get_origin(kind) or kind, str(kind))
