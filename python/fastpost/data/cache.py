@@ -135,7 +135,8 @@ def code_hash() -> str:
 def write(path: Path, key: str, table: Table, account: dict) -> str:
     """Write aside, then rename. Returns "" or what went wrong."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    metadata = {"key": key, "account": json.dumps(account), "checksum": str(checksum(table.columns))}
+    metadata = {"key": key, "account": json.dumps(account)}
+    metadata["checksum"] = str(checksum(table.columns, metadata["account"]))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         safetensors.numpy.save_file(table.columns, draft, metadata=metadata)
@@ -153,17 +154,18 @@ def read(path: Path, key: str) -> tuple[Table, dict] | None:
         with safe_open(path, "pt") as file:  # "pt" maps, "numpy" would copy
             metadata = file.metadata() or {}
             columns = {name: file.get_tensor(name).numpy() for name in list(file.keys())}
-        if metadata.get("key") != key or metadata.get("checksum") != str(checksum(columns)):
+        account = metadata["account"]
+        if metadata["key"] != key or metadata["checksum"] != str(checksum(columns, account)):
             return None
         os.utime(path)  # when it was last of use, for whoever clears the folder
-        return Table(columns), json.loads(metadata["account"])
+        return Table(columns), json.loads(account)
     except (OSError, SafetensorError, ValueError, KeyError):
         return None
 
 
-def checksum(columns: dict) -> int:
-    """CRC-32 of all columns with their names, about half a second for each GB."""
-    value = 0
+def checksum(columns: dict, account: str) -> int:
+    """CRC-32 of the account and of all columns with their names, about half a second for each GB."""
+    value = zlib.crc32(account.encode())
     for name in sorted(columns):
         column = columns[name]
         value = zlib.crc32(f"{name} {column.dtype} {column.shape}".encode(), value)
