@@ -4,87 +4,81 @@
 Here loading needs no process group: one process makes the cache, the others wait for its file lock, which the system
 frees should that process die."""
 
-import os
-import signal
-import subprocess
-import sys
+import multiprocessing
 import time
 
 import pytest
-
-import tiny
-from fastpost import objectives
-from fastpost.data.loader import load_dataset
-from fastpost.train.config import DataConfig
-
-RANK = """
-import sys, time
 import torch.distributed as dist
-def never(*args, **kwargs):
-    raise AssertionError("a collective while data is loaded")
-for name in ("init_process_group", "barrier", "broadcast", "all_reduce", "broadcast_object_list", "all_gather_object"):
-    setattr(dist, name, never)
 
 import tiny
 from fastpost import objectives
 from fastpost.data import loader
+from fastpost.data.loader import load_dataset
+from fastpost.train import loop
 from fastpost.train.config import DataConfig
+from train import runs
 
-slow, path, folder = float(sys.argv[1]), sys.argv[2], sys.argv[3]
-read = loader.read_rows
-def slowly(*args):
-    print("reads", flush=True)
-    time.sleep(slow)
-    yield from read(*args)
-loader.read_rows = slowly
-tokenizer = tiny.tokenizer()
-print("begin", flush=True)
-data = loader.load_dataset(DataConfig(train=path, cache=folder), tokenizer, objectives.DPO())
-tokens = sum(t for e in data.examples for s in e.sequences for t in s.ids)
-print(data.parts[0].cache.split()[2], tokens, flush=True)
-"""
+COLLECTIVES = ("init_process_group", "barrier", "broadcast", "all_reduce", "broadcast_object_list", "all_gather_object")
+
+
+def never(*args, **kwargs):
+    raise AssertionError("a collective while data is loaded")
+
+
+def load(pipe, path: str, folder: str, slow: float) -> None:
+    """One rank: says "reads" when it reads the file, then how its cache was found, and a sum over its tokens."""
+    for name in COLLECTIVES:
+        setattr(dist, name, never)
+    read = loader.read_rows
+
+    def slowly(*args):
+        pipe.send("reads")
+        time.sleep(slow)
+        yield from read(*args)
+
+    loader.read_rows = slowly
+    data = load_dataset(DataConfig(train=path, cache=folder), tiny.tokenizer(), objectives.DPO())
+    pipe.send((data.parts[0].cache.split()[2], sum(t for e in data.examples for s in e.sequences for t in s.ids)))
 
 
 @pytest.fixture
 def rank(tmp_path):
+    """rank(slow) starts a process that takes `slow` seconds to read; returns it and the pipe that it reports to."""
     path, started = tiny.write_jsonl(tmp_path / "d.jsonl", tiny.preference_rows(8)), []
 
-    def rank(k: int, slow: float):
-        environment = {"RANK": str(k), "WORLD_SIZE": "2", "MASTER_ADDR": "203.0.113.1", "MASTER_PORT": "1"}
-        paths = os.pathsep.join([os.path.dirname(tiny.__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-c", RANK, str(slow), str(path), str(tmp_path / "cache")], text=True,
-                stdout=subprocess.PIPE, env=os.environ | environment | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-            )
-        )  # fmt: skip
-        assert started[-1].stdout.readline() == "begin\n"
-        return started[-1]
+    def rank(slow: float):
+        ours, theirs = multiprocessing.Pipe()
+        arguments = (theirs, str(path), str(tmp_path / "cache"), slow)
+        started.append(multiprocessing.get_context("fork").Process(target=load, args=arguments, daemon=True))
+        started[-1].start()
+        return started[-1], ours
 
     yield rank
     for process in started:
         process.kill()
-        process.wait()
+        process.join()
 
 
-def test_one_rank_tokenises_and_the_others_read(rank, tmp_path):
-    first = rank(0, 1.0)
-    assert first.stdout.readline() == "reads\n"
-    second = rank(1, 1.0)
-    out = [p.communicate(timeout=60)[0].split() for p in (first, second)]
-    assert first.returncode == second.returncode == 0
-    assert [o[0] for o in out] == ["made", "hit"] and out[0][1] == out[1][1]
+def heard(pipe, limit_s: float = 60):
+    assert pipe.poll(limit_s), "nothing came"
+    return pipe.recv()
 
 
-def test_when_the_rank_that_tokenises_dies_another_does_it(rank, tmp_path):
-    first = rank(0, 600)
-    assert first.stdout.readline() == "reads\n"
-    second = rank(1, 0)
-    time.sleep(0.3)
-    assert second.poll() is None  # it waits
-    first.send_signal(signal.SIGKILL)
-    out, _ = second.communicate(timeout=60)
-    assert out.split()[:2] == ["reads", "made"] and second.returncode == 0
+def test_one_rank_tokenises_and_the_others_read(rank):
+    _, first = rank(0.5)
+    assert heard(first) == "reads"
+    _, second = rank(0.5)
+    made, hit = heard(first), heard(second)
+    assert (made[0], hit[0]) == ("made", "hit") and made[1] == hit[1]
+
+
+def test_when_the_rank_that_tokenises_dies_another_does_it(rank):
+    process, first = rank(600)
+    assert heard(first) == "reads"
+    _, second = rank(0)
+    assert not second.poll(0.5)  # it waits
+    process.kill()
+    assert heard(second) == "reads" and heard(second)[0] == "made"
 
 
 def test_ranks_without_a_cache_tokenise_each_for_itself(tmp_path):
@@ -95,11 +89,6 @@ def test_ranks_without_a_cache_tokenise_each_for_itself(tmp_path):
 
 def test_training_joins_no_process_group_before_its_data_is_loaded(tmp_path, monkeypatch):
     """Whatever joins it (the loop, or a launcher) comes after load_data."""
-    import torch.distributed as dist
-
-    from fastpost.train import loop
-    from train import runs
-
     events = []
     real = loop.load_data
     monkeypatch.setattr(loop, "load_data", lambda *a, **k: (events.append("load"), real(*a, **k))[1])

@@ -8,6 +8,7 @@ trained, and three rows with their trained tokens marked: in colour on a termina
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import sys
@@ -16,12 +17,17 @@ from pathlib import Path
 from fastpost.train.config import Config, help_text, load_config
 
 ROWS = 3
+USAGE = """usage: fastpost data RECIPE [--group.key VALUE ...]                    show what the model will see
+       fastpost data score RECIPE OUT.jsonl [--ngram REFERENCE]       perplexity of each document
+       fastpost data select SCORED.jsonl OUT.jsonl --tokens BUDGET    the documents of lowest perplexity"""
 
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: fastpost data RECIPE [--group.key VALUE ...]\n\n{help_text()}")
+        print(f"{USAGE}\n\n{help_text()}")
         return 0
+    if argv[0] in ("score", "select"):
+        return importlib.import_module(f"fastpost.cli.{argv[0]}").main(argv[1:])
     cfg = load_config(argv[0], argv[1:])
     from fastpost import objectives
     from fastpost.data.loader import load_dataset
