@@ -39,7 +39,8 @@ def main(argv: list[str]) -> int:
 
     found = select(path, out, tokens, by=by or "perplexity", sort=sort == "true")
     print(
-        f"{out}: {found.rows} of {found.read} documents, {found.tokens} tokens, {by or 'perplexity'} up to {found.worst:.6g}"
+        f"{out}: {found.rows} of {found.read} documents, {found.tokens} tokens, "
+        f"{by or 'perplexity'} up to {found.worst:.6g}"
     )
     if found.unscored:
         print(f"note: {found.unscored} documents have no score and were left out")

@@ -14,7 +14,8 @@ often the n-gram occurs; below, the number of different tokens that occur before
 tokens and the end of a document. A context that was never seen passes on to the next shorter one.
 
 Everything is arrays: the n-grams of an order are the sorted numbers id(first n-1 tokens) * (V + 2) + last token, where
-id is the place of the first n-1 tokens among their own order's. That is exact for any order, about 30 bytes an n-gram."""
+id is the place of the first n-1 tokens among their own order's. That is exact for any order, in about 30 bytes an
+n-gram."""
 
 from __future__ import annotations
 

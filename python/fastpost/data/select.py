@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,30 +80,36 @@ class Best:
 
     def __init__(self, budget: int):
         self.budget = budget
-        self._columns = [np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64)]
-        self._new: list[tuple[float, int, int]] = []
-        self._limit = math.inf  # the worst score that can still be taken
+        self._kept = [np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64)]
+        self._new = self._empty()
+        self._limit = math.inf  # from this score on nothing can be taken any more
 
     def add(self, score: float, tokens: int, place: int) -> None:
         """`place` must grow from call to call: of equal scores the first is taken."""
-        if score < self._limit:
-            self._new.append((score, tokens, place))
-            if len(self._new) >= max(self.SPARE, len(self._columns[0])):
-                self._cut()
+        if score >= self._limit:
+            return
+        for column, value in zip(self._new, (score, tokens, place)):
+            column.append(value)
+        if len(self._new[0]) >= max(self.SPARE, len(self._kept[0])):
+            self._cut()
 
     def selected(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(scores float64, tokens int64, places int64), sorted by score, then place."""
         self._cut()
-        return tuple(self._columns)
+        return tuple(self._kept)
 
     def _cut(self) -> None:
-        new = zip(*self._new) if self._new else ([], [], [])
-        columns = [np.concatenate([c, np.array(n, c.dtype)]) for c, n in zip(self._columns, new)]
+        columns = [np.concatenate([k, np.asarray(n, k.dtype)]) for k, n in zip(self._kept, self._new)]
         order = np.lexsort((columns[2], columns[0]))
-        keep = order[: int(np.searchsorted(columns[1][order].cumsum(), self.budget)) + 1]
-        if len(keep) < len(order) or columns[1].sum() >= self.budget:
-            self._limit = columns[0][keep[-1]]
-        self._columns, self._new = [c[keep] for c in columns], []
+        filled = int(np.searchsorted(columns[1][order].cumsum(), self.budget))
+        if filled < len(order):
+            order = order[: filled + 1]
+            self._limit = columns[0][order[-1]]
+        self._kept, self._new = [c[order] for c in columns], self._empty()
+
+    @staticmethod
+    def _empty() -> list[array]:
+        return [array("d"), array("q"), array("q")]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, dict]]:
