@@ -63,7 +63,9 @@ def test_overrides(recipe):
         ([{"path": "a", "ratio": "much"}], "r.yaml: data.train[0].ratio: expected a number, got a string 'much'."),
         ([{"path": "a", "mask": "ful"}], "r.yaml: data.train[0].mask: expected one of reply, "),
         ([{"path": "a", "limit": 0}], "r.yaml: data.train[0].limit: expected at least 1, got 0."),
-        (["a.jsonl"], "r.yaml: data.train[0]: expected a mapping with keys path, ratio, "),
+        (["a.jsonl"], "r.yaml: data.train[0]: expected a mapping of path, ratio, "),
+        (3, "r.yaml: data.train: expected a string or a list of mappings, got a number (int) 3."),
+        ({"path": "a"}, "r.yaml: data.train: expected a string or a list of mappings, got a mapping {'path': 'a'}."),
         ([], "r.yaml: data.train: expected a path, got nothing."),
     ],
 )

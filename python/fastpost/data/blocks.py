@@ -9,10 +9,11 @@ not trained); with unmasked-blocks it sees the whole block before it, as in Llam
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from itertools import islice, pairwise
 
 from fastpost.data.collate import Example, Sequence
-from fastpost.data.columns import need, read_rows, row_type
+from fastpost.data.columns import Row, need, row_type
 from fastpost.data.table import Table, Writer
 from fastpost.train.config import DataConfig
 
@@ -20,9 +21,9 @@ CHUNK = 1000
 """Documents tokenised in one call."""
 
 
-def read(cfg: DataConfig, tokenizer, objective, report) -> Table:
-    """The blocks of the file cfg.train as a Table; `report` (a loader.Report) is filled in. An Example's row is the
-    number of its block."""
+def read(cfg: DataConfig, rows: Iterator[Row], tokenizer, objective, report) -> Table:
+    """The blocks of `rows`, those of the file cfg.train, as a Table; `report` (a loader.Report) is filled in.
+    An Example's row is the number of its block."""
     if objective is not None and (objective.paired or objective.unit != "token"):
         raise ValueError(
             f"[data] data.pack: blocks are parts of documents, which {objective.name} has no use for. Set data.pack to "
@@ -31,7 +32,7 @@ def read(cfg: DataConfig, tokenizer, objective, report) -> Table:
     end = tokenizer.eos_token_id
     if end is None:
         raise ValueError("[data] data.pack: this tokenizer has no EOS token to put between documents.")
-    packer, rows = Packer(cfg.max_length, masked=cfg.pack == "blocks"), read_rows(cfg.train, cfg.limit, cfg.columns)
+    packer = Packer(cfg.max_length, masked=cfg.pack == "blocks")
     out = Writer()
     while chunk := list(islice(rows, CHUNK)):
         for row in chunk:

@@ -10,6 +10,7 @@ for part in data.micro_batches(rows, max_tokens=8192):
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 from collections import Counter
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ from fastpost.data.columns import NUMBERS, TYPES, Row, is_chat, need, numbers, r
 from fastpost.data.encode import Encoder, fit
 from fastpost.data.table import Examples, Table, Writer
 from fastpost.train.config import DataConfig
+from fastpost.train.progress import progress
 from fastpost.train.sources import Source, config_of, sources_of
 
 CHUNK = 1000
@@ -78,6 +80,11 @@ class Report:
                 total.dropped = sum(parts, Counter())
             elif isinstance(parts[0], int):
                 setattr(total, name, sum(parts))
+            elif isinstance(parts[0], list):
+                setattr(total, name, list(dict.fromkeys(x for part in parts for x in part)))
+            elif isinstance(parts[0], dict):
+                keys = dict.fromkeys(key for part in parts for key in part)
+                setattr(total, name, {k: [x for part in parts for x in part.get(k, [])] for k in keys})
             elif isinstance(parts[0], str) and name != "path":
                 setattr(total, name, ", ".join(dict.fromkeys(filter(None, parts))))
         return total
@@ -191,10 +198,10 @@ def _read(cfg: DataConfig, tokenizer, objective, require: tuple[str, ...]) -> tu
     path, limit = cfg.train, cfg.limit
     if cfg.pack != "rows":
         report = Report(str(path), "text")
-        table = blocks.read(cfg, tokenizer, objective, report)
-        return table, vars(report)
+        rows = progress(read_rows(path, limit, cfg.columns), f"tokenise {path}", _lines(path, limit), unit="rows")
+        return blocks.read(cfg, rows, tokenizer, objective, report), vars(report)
     chat, report, examples, encoder = Chat(tokenizer), Report(str(path)), Writer(), None
-    rows = read_rows(path, limit, cfg.columns)
+    rows = progress(read_rows(path, limit, cfg.columns), f"tokenise {path}", _lines(path, limit), unit="rows")
     while chunk := list(islice(rows, CHUNK)):
         if encoder is None:
             report.kind = wanted_type(chunk[0], objective)
@@ -243,6 +250,15 @@ def wanted_type(row: Row, objective) -> str:
             "Name one of them with data.columns, e.g. {completion: chosen}, or choose a pair objective."
         )
     return found or row_type(row)
+
+
+def _lines(path: str, limit: int | None) -> int | None:
+    """How many rows to expect of a .jsonl file, or None: for the progress line alone."""
+    if not path.endswith(".jsonl") or not os.path.isfile(path):
+        return limit
+    with open(path, "rb") as stream:
+        count = sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))
+    return min(count, limit or count)
 
 
 def _numbers(row: Row, paired: bool, require: tuple[str, ...]) -> dict:
