@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastpost.data.loader import Dataset, Part, order
+from fastpost.data.dataset import Dataset, Part
+from fastpost.data.loader import order
 
 
 class Mixture:
