@@ -124,13 +124,24 @@ def test_an_interrupted_run_is_continued(recipe, tmp_path, monkeypatch, capsys):
         assert ours["text"] == theirs["text"] and ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-5)
 
 
-def test_what_other_settings_wrote_is_not_continued(recipe, tmp_path):
+def test_what_other_settings_wrote_is_not_continued(recipe, tmp_path, monkeypatch, capsys):
+    """Each call is stopped after one line; only the same command finds it again."""
     path, out = recipe([{"text": t} for t in TEXTS]), tmp_path / "out.jsonl"
-    for arguments in ([], ["--data.max_length", "8"], ["--data.limit", "2"]):
-        assert run(path, out, *arguments) == 0
-        out.rename(tmp_path / f"out{len(arguments) and arguments[0]}")
-        (tmp_path / f".out.jsonl.{'0' * 12}").write_text("{}\n")  # of some other key
-    assert len(list(tmp_path.glob(".out.jsonl.*"))) == 1
+    reference = tiny.write_jsonl(tmp_path / "ref.jsonl", [{"text": t} for t in TEXTS[:2]])
+    commands = [[], ["--data.max_length", "8"], ["--data.limit", "2"], ["--optim.precision", "bf16"]]
+    commands += [["--ngram", reference], ["--ngram", reference, "--order", "2"]]
+    fsync = scoring.os.fsync
+
+    def stop(stream):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scoring.os, "fsync", stop)  # all is written, and not renamed
+    for arguments in commands:
+        assert run(path, out, *arguments) == 130
+    assert len(list(tmp_path.glob(".out.jsonl.*"))) == len(commands)
+    monkeypatch.setattr(scoring.os, "fsync", fsync)
+    assert run(path, out, "--ngram", reference, "--order", "2") == 0
+    assert "5 documents, 5 of them from an earlier attempt" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -109,8 +109,7 @@ def tokenizer_hash(tokenizer) -> str | None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not hasattr(backend, "to_str"):
         return None
-    special = {i: str(t) for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items()}
-    words = [special, tokenizer.bos_token, tokenizer.eos_token, sorted(tokenizer.all_special_ids)]
+    words = [tokenizer.bos_token, tokenizer.eos_token, sorted(tokenizer.all_special_ids)]
     words += [getattr(tokenizer, "split_special_tokens", False), type(tokenizer).__name__]
     return hashlib.sha256((backend.to_str() + json.dumps(words, default=str)).encode()).hexdigest()
 

@@ -67,8 +67,10 @@ class NGram:
         bottom = self._levels[0]
         total = bottom.total[0]
         p = bottom.excess(tokens) / total + bottom.discount * bottom.kinds[0] / total / (self.vocabulary + 1)
-        ids = tokens.astype(np.int64)  # of the (n-1)-gram that ends at each position
-        for n, level in enumerate(self._levels[1:], start=2):
+        ids = (
+            tokens  # of the n-gram one order down that ends at each position; -1 = unseen, or it would begin too early
+        )
+        for level in self._levels[1:]:
             context = np.concatenate([[-1], ids[:-1]])
             seen = context >= 0
             seen[seen] = level.total[context[seen]] > 0
@@ -77,7 +79,6 @@ class NGram:
             p[seen] = level.excess(at) / total + level.discount * kinds / total * p[seen]
             ids = np.full(len(tokens), -1)
             ids[seen] = at
-            ids[: n - 1] = -1
         return np.log(p[1:])
 
     def perplexity(self, document: Sequence[int]) -> float:
