@@ -115,6 +115,7 @@ def load_dataset(
     ("reference_logprob"). Rows with nothing left to train are dropped and counted; a row that is wrong is a ValueError
     with file and line."""
     path = path or cfg.train
+    path = path if isinstance(path, list) else str(path)
     if objective is not None:
         require += ("previous_logprob",) * objective.needs_previous + ("reward",) * objective.needs_reward
     if path == cfg.train:

@@ -40,7 +40,7 @@ OPEN = ("shuffle", "columns", "format", "mask", "pack", "limit")
 def sources_of(data: DataConfig) -> list[Source]:
     """data.train as a list (one source for a plain path), every field that a source leaves open filled in from
     `data`."""
-    sources = [Source(data.train)] if isinstance(data.train, str) else data.train
+    sources = data.train if isinstance(data.train, list) else [Source(str(data.train))]
     return [dataclasses.replace(s, **{n: getattr(data, n) for n in OPEN if getattr(s, n) is None}) for s in sources]
 
 
