@@ -34,3 +34,13 @@ def _own_cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch, tmp_path_factory):
+    """Tokenised data of a test goes nowhere near the user's cache, nor another test's."""
+    _cache.calls += 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / f"cache{_cache.calls}"))
+
+
+_cache.calls = 0

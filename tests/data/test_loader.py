@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny
 from fastpost import objectives
@@ -109,11 +110,22 @@ def test_labels_and_stored_numbers_reach_the_batch(load):
     assert batch.reference_logprob.tolist() == [-2, -2.5, 0, -0.5]
 
 
+def test_numbers_that_some_rows_have_not(load):
+    rows = tiny.preference_rows(3)
+    rows[1] |= {"reference_chosen_logps": -1.5, "reference_rejected_logps": -2}
+    data = load(rows, objectives.DPO())
+    assert [e.reference_logprob for e in data.examples] == [None, (-1.5, -2), None]
+    with pytest.raises(ValueError, match=r"data row 2: reference_logprob: other rows have it, this one has not"):
+        data.batch([1, 2])
+    data.examples.put("reference_logprob", torch.tensor([[1.0, 2], [3, 4], [5, 6]]))
+    assert data.batch([1, 2]).reference_logprob.tolist() == [3, 4, 5, 6]
+
+
 def test_rows_in_chunks_are_the_same_rows(load, monkeypatch):
     rows = tiny.preference_rows(23)
     whole = load(rows).examples
     monkeypatch.setattr("fastpost.data.loader.CHUNK", 4)
-    assert load(rows).examples == whole and len(whole) == 23
+    assert load(rows, cache=None).examples == whole and len(whole) == 23
     assert load(rows, limit=9).examples == whole[:9]
 
 

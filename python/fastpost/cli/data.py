@@ -8,6 +8,7 @@ trained, and three rows with their trained tokens marked: in colour on a termina
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import sys
@@ -16,27 +17,37 @@ from pathlib import Path
 from fastpost.train.config import Config, help_text, load_config
 
 ROWS = 3
+USAGE = """usage: fastpost data RECIPE [--group.key VALUE ...]                    show what the model will see
+       fastpost data score RECIPE OUT.jsonl [--ngram REFERENCE]       perplexity of each document
+       fastpost data select SCORED.jsonl OUT.jsonl --tokens BUDGET    the documents of lowest perplexity"""
 
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: fastpost data RECIPE [--group.key VALUE ...]\n\n{help_text()}")
+        print(f"{USAGE}\n\n{help_text()}")
         return 0
+    if argv[0] in ("score", "select"):
+        return importlib.import_module(f"fastpost.cli.{argv[0]}").main(argv[1:])
     cfg = load_config(argv[0], argv[1:])
     from fastpost import objectives
     from fastpost.data.loader import load_dataset
+    from fastpost.data.mixture import Mixture
     from fastpost.hf.folder import load_tokenizer
     from fastpost.train import reference
 
     objective = objectives.from_name(cfg.objective.name, **cfg.objective.fields)
     tokenizer = load_tokenizer(cfg.model.path)
     require = reference.columns(objective, reference.sources(cfg.model, objective))
-    for path in dict.fromkeys(p for p in (cfg.data.train, cfg.data.eval) if p):
+    for path in [cfg.data.train] + [cfg.data.eval] * (cfg.data.eval not in (None, cfg.data.train)):
         data = load_dataset(cfg.data, tokenizer, objective, path=path, require=require)
-        print("\n".join(describe(cfg, data, tokenizer)))
+        for part in data.split():
+            print("\n".join(describe(cfg, part, tokenizer)))
+            if path == cfg.data.train:
+                for example in part.examples[:ROWS]:
+                    print("\n".join(show(example, tokenizer, colour())))
         if path == cfg.data.train:
-            for example in data.examples[:ROWS]:
-                print("\n".join(show(example, tokenizer, colour())))
+            mixture = Mixture(data, seed=cfg.train.seed, tokens=cfg.data.epoch_tokens, fixed=cfg.data.draw == "fixed")
+            print(*mixture.lines(), sep="\n", end="\n" * (not mixture.whole))
         print()
     return 0
 
@@ -56,6 +67,9 @@ def describe(cfg: Config, data, tokenizer) -> list[str]:
         f"tokens {sum(lengths)}   p50 {p50}  p95 {p95}  max {lengths[-1]}   {share}",
         f"BOS {report.bos} a sequence   end of turn {end}   {template(tokenizer)}",
     ]
+    lines += [part.cache for part in data.parts if part.cache]
+    if report.inner_ends:
+        lines.append(f"note: {report.inner_ends} documents hold {report.end} inside")
     if report.merged:
         lines.append(
             f"note: {report.merged} sequences would share a token between prompt and reply; "
@@ -75,7 +89,8 @@ def show(example, tokenizer, in_colour: bool) -> list[str]:
     """A row with its trained tokens marked."""
     left, right = ("\033[1;32m", "\033[0m") if in_colour else ("[[", "]]")
     lines = []
-    names = ("chosen", "rejected") if len(example.sequences) == 2 else ("",)
+    paired = len(example.sequences) == 2 and not example.packed
+    names = ("chosen", "rejected") if paired else ("",) * len(example.sequences)
     for name, s in zip(names, example.sequences):
         text = ""
         for on, ids in runs(s):

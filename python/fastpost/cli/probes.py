@@ -20,8 +20,8 @@ from importlib import metadata
 from pathlib import Path
 
 PACKAGES = (
-    "numpy transformers tokenizers peft pyyaml safetensors matplotlib gguf triton trl liger-kernel bitsandbytes nvidia-cutlass "
-    "pytest ruff clang-format"
+    "numpy transformers tokenizers peft pyyaml safetensors matplotlib gguf triton trl liger-kernel bitsandbytes "
+    "nvidia-cutlass pytest ruff clang-format"
 ).split()
 OTHER_VARIABLES = (
     "OMP_NUM_THREADS MKL_NUM_THREADS CUDA_VISIBLE_DEVICES CUDA_HOME PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF HF_HOME "

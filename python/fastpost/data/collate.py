@@ -44,6 +44,7 @@ class Example:
     reference_logprob: tuple[float, ...] | None = None
     previous_logprob: tuple[float, ...] | None = None
     reward: tuple[float, ...] | None = None
+    packed: bool = False  # the sequences are documents of one block, not the replies of one row
 
     @property
     def tokens(self) -> int:
@@ -134,7 +135,7 @@ def collate(examples: list[Example], share_prompt: bool = True) -> Batch:
         reference_logprob=_column(examples, "reference_logprob"),
         previous_logprob=_column(examples, "previous_logprob"),
         reward=_column(examples, "reward"),
-        rows=[e.row for e in examples],
+        rows=[e.row for e in examples for _ in (e.sequences if e.packed else (0,))],
         longest=max(b - a for a, b in pairwise(ends_k)),
     )
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A data file as tokenised examples, with an account of what was kept, cut and dropped.
+"""Data files as tokenised examples, with an account of what was kept, cut and dropped.
 
-data = load_dataset(cfg.data, tokenizer, objective)
+data = load_dataset(cfg.data, tokenizer, objective)                         # from the cache, when nothing changed
 rows = order(cfg.train.seed, epoch, len(data))[step * B : (step + 1) * B]   # a pure function: resuming is arithmetic
 for part in data.micro_batches(rows, max_tokens=8192):
     batch = data.batch(part)
@@ -9,17 +9,25 @@ for part in data.micro_batches(rows, max_tokens=8192):
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import random
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice
 
+import numpy as np
+
+from fastpost.data import blocks, cache
 from fastpost.data.chat import Chat, parts_of
-from fastpost.data.collate import Batch, Example, collate
+from fastpost.data.collate import Example
 from fastpost.data.columns import NUMBERS, TYPES, Row, is_chat, need, numbers, read_rows, row_type
+from fastpost.data.dataset import Dataset, Part
 from fastpost.data.encode import Encoder, fit
+from fastpost.data.table import Examples, Table, Writer
 from fastpost.train.config import DataConfig
+from fastpost.train.progress import progress
+from fastpost.train.sources import Source, config_of, sources_of
 
 CHUNK = 1000
 """Rows tokenised in one call: the tokenizer works in parallel, and memory for text stays small."""
@@ -40,6 +48,9 @@ class Report:
     ends_trained: int = 0  # sequences whose last trained token ends the turn
     sequences: int = 0
     end: str = ""  # the token that ends a turn
+    blocks: int = 0  # blocks of data.max_length tokens that the rows were cut into; 0 = rows stay whole
+    left_over: int = 0  # tokens at the end that fill no block
+    inner_ends: int = 0  # rows whose text itself holds the end-of-document token
 
     @property
     def kept(self) -> int:
@@ -51,63 +62,88 @@ class Report:
         text = f"rows {self.rows} (kept {self.kept}, dropped {self.dropped.total()}{': ' + reasons if reasons else ''})"
         for name, count in (("truncated", self.truncated), ("identical pairs", self.identical)):
             text += f"   {name} {count}" if count else ""
+        if self.blocks:
+            text += f"   blocks {self.blocks} ({self.left_over} tokens left over)"
         return text
 
-
-@dataclass
-class Dataset:
-    """Examples in file order and the report on them."""
-
-    examples: list[Example]
-    report: Report
-    share_prompt: bool = True
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def batch(self, indices: Iterable[int]) -> Batch:
-        """The examples at `indices`, in that order, as one packed batch."""
-        return collate([self.examples[i] for i in indices], self.share_prompt)
-
-    def micro_batches(self, indices: list[int], max_tokens: int, rows: int | None = None) -> list[list[int]]:
-        """Cut `indices`, in order, into parts of at most `max_tokens` tokens (or exactly `rows` rows, when given)."""
-        if rows is not None:
-            return [indices[i : i + rows] for i in range(0, len(indices), rows)]
-        parts, room = [], 0
-        for i in indices:
-            example = self.examples[i]
-            tokens = example.computed if self.share_prompt else example.tokens
-            if not parts or tokens > room:
-                parts.append([])
-                room = max_tokens
-            parts[-1].append(i)
-            room -= tokens
-        return parts
+    @classmethod
+    def sum(cls, reports: list[Report]) -> Report:
+        """The account of several sources as one."""
+        if len(reports) == 1:
+            return reports[0]
+        values = {f.name: [getattr(r, f.name) for r in reports] for f in fields(cls)}
+        total = cls(" + ".join(values["path"]))
+        for name, parts in values.items():
+            if name == "bos":
+                total.bos = max(parts)
+            elif name == "dropped":
+                total.dropped = sum(parts, Counter())
+            elif isinstance(parts[0], int):
+                setattr(total, name, sum(parts))
+            elif isinstance(parts[0], list):
+                setattr(total, name, list(dict.fromkeys(x for part in parts for x in part)))
+            elif isinstance(parts[0], dict):
+                keys = dict.fromkeys(key for part in parts for key in part)
+                setattr(total, name, {k: [x for part in parts for x in part.get(k, [])] for k in keys})
+            elif isinstance(parts[0], str) and name != "path":
+                setattr(total, name, ", ".join(dict.fromkeys(filter(None, parts))))
+        return total
 
 
-def order(seed: int, epoch: int, n: int, shuffle: bool = True) -> list[int]:
+def order(seed: int | str, epoch: int, n: int, shuffle: bool = True) -> list[int]:
     """The order of n examples in an epoch: a pure function, the same on every machine and Python version."""
     if not shuffle:
         return list(range(n))
     draw = random.Random(f"{seed}/{epoch}")
     keys = [draw.random() for _ in range(n)]  # random() is what Python promises to keep from version to version
-    return sorted(range(n), key=keys.__getitem__)
+    return np.argsort(np.array(keys), kind="stable").tolist()
 
 
 def load_dataset(
-    cfg: DataConfig, tokenizer, objective=None, *, path: str | None = None, require: tuple[str, ...] = ()
+    cfg: DataConfig,
+    tokenizer,
+    objective=None,
+    *,
+    path: str | list[Source] | None = None,
+    require: tuple[str, ...] = (),
 ) -> Dataset:
-    """Read, render, tokenise and cut the rows of `path` (default: cfg.train).
+    """Read, render, tokenise and cut the rows of `path` (default: cfg.train, which may be several sources), or find
+    them in the cache. Nothing here talks to other processes: under several ranks each calls it, before it joins the
+    process group.
 
     objective (optional) decides which row type is wanted; `require` names stored numbers that every row must have
     ("reference_logprob", "previous_logprob", "reward"). Rows with nothing left to train are dropped and counted; a row
     that is wrong is a ValueError with file and line."""
     path = path or cfg.train
-    limit = cfg.eval_limit if path == cfg.eval and path != cfg.train else cfg.limit
+    path = path if isinstance(path, list) else str(path)
     if objective is not None:
         require += ("reward",) * objective.needs_reward
-    chat, report, examples, encoder = Chat(tokenizer), Report(str(path)), [], None
-    rows = read_rows(path, limit, cfg.columns)
+    if path == cfg.train:
+        sources = sources_of(cfg)
+    else:
+        limit = cfg.eval_limit if path == cfg.eval else cfg.limit
+        sources = [dataclasses.replace(s, limit=limit) for s in sources_of(dataclasses.replace(cfg, train=path))]
+    tables, parts, rows = [], [], [0]
+    for source in sources:
+        one = config_of(cfg, source)
+        table, account, line = cache.load_or_make(one, tokenizer, objective, require, _read)
+        report = Report(**{**account, "dropped": Counter(account["dropped"])})
+        start = parts[-1].stop if parts else 0
+        parts.append(Part(source, start, start + len(table), report, line))
+        tables.append(table)
+        rows.append(rows[-1] + report.rows)
+    return Dataset(Examples(tables, rows[:-1]), Report.sum([p.report for p in parts]), cfg.share_prompt, parts)
+
+
+def _read(cfg: DataConfig, tokenizer, objective, require: tuple[str, ...]) -> tuple[Table, dict]:
+    """Table and account (a Report as a dict) of the file cfg.train."""
+    path, limit = cfg.train, cfg.limit
+    if cfg.pack != "rows":
+        report = Report(str(path), "text")
+        rows = progress(read_rows(path, limit, cfg.columns), f"tokenise {path}", _lines(path, limit), unit="rows")
+        return blocks.read(cfg, rows, tokenizer, objective, report), vars(report)
+    chat, report, examples, encoder = Chat(tokenizer), Report(str(path)), Writer(), None
+    rows = progress(read_rows(path, limit, cfg.columns), f"tokenise {path}", _lines(path, limit), unit="rows")
     while chunk := list(islice(rows, CHUNK)):
         if encoder is None:
             report.kind = wanted_type(chunk[0], objective)
@@ -126,14 +162,17 @@ def load_dataset(
         for row, encoded, values in zip(chunk, encoder.rows(chunk, parts), stored):
             report.rows += 1
             sequences, reason = fit(encoded, cfg, keep=encoder.leading_bos(encoded[0].ids))
+            if not reason and max(map(len, sequences)) < cfg.min_length:
+                reason = "shorter than min_length"
             if reason:
                 report.dropped[reason] += 1
             else:
                 examples.append(Example(row.index, sequences, **values))
     if not examples:
         raise ValueError(f"{path}: every row was dropped: {report.line()}. Look at it with `fastpost data`.")
-    _account(report, examples, encoder)
-    return Dataset(examples, report, cfg.share_prompt)
+    table = examples.table()
+    _account(report, Examples([table]), encoder)
+    return table, vars(report)
 
 
 def wanted_type(row: Row, objective) -> str:
@@ -155,6 +194,15 @@ def wanted_type(row: Row, objective) -> str:
     return found or row_type(row)
 
 
+def _lines(path: str, limit: int | None) -> int | None:
+    """How many rows to expect of a .jsonl file, or None: for the progress line alone."""
+    if not path.endswith(".jsonl") or not os.path.isfile(path):
+        return limit
+    with open(path, "rb") as stream:
+        count = sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))
+    return min(count, limit or count)
+
+
 def _numbers(row: Row, paired: bool, require: tuple[str, ...]) -> dict:
     found = numbers(row, paired)
     for name in require:
@@ -166,7 +214,7 @@ def _numbers(row: Row, paired: bool, require: tuple[str, ...]) -> dict:
     return found
 
 
-def _account(report: Report, examples: list[Example], encoder: Encoder) -> None:
+def _account(report: Report, examples: Examples, encoder: Encoder) -> None:
     """Fill in what is counted over the kept rows."""
     ends = Counter()
     for example in examples:

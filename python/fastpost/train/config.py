@@ -21,6 +21,7 @@ from typing import Any, Literal
 import yaml
 
 from fastpost.train import schedule
+from fastpost.train.sources import Source, check_sources
 from fastpost.train.strict import Dumper, Loader, build, convert, names, plain, read_yaml, suggest
 
 
@@ -75,8 +76,10 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    train: str = ""
-    """Training rows: a .jsonl, .json or .parquet file. Required."""
+    train: str | list[Source] = ""
+    """Training rows: a .jsonl, .json or .parquet file, or a list of sources with their shares of the tokens: [{path:
+    a.jsonl, ratio: 4}, {path: b.jsonl, ratio: 1, repeat: true}]. A source may also set shuffle, columns, format, mask,
+    pack and limit for itself. Required."""
     eval: str | None = None
     """Held-out rows in the same format; None = no evaluation."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -99,9 +102,21 @@ class DataConfig:
     """Use only the first so many training rows."""
     eval_limit: int | None = None
     """Use only the first so many held-out rows."""
+    pack: Literal["rows", "blocks", "unmasked-blocks"] = "rows"
+    """How raw text (column text) fills a sequence. rows = a document is a row, cut at max_length; blocks = documents,
+    each closed by EOS, are joined and cut into blocks of exactly max_length, and do not see each other within one;
+    unmasked-blocks = they do, as in much pre-training. Batch sizes then count blocks."""
+    min_length: int = 0
+    """Rows (documents) of fewer tokens are left out and counted."""
+    epoch_tokens: int | None = None
+    """Tokens of one epoch, shared out by the sources' ratios. None = as many as there are before a source that may not
+    repeat runs out (all, when there is one source)."""
+    draw: Literal["dynamic", "fixed"] = "dynamic"
+    """Which rows an epoch takes of a source that has more than its share. dynamic = drawn anew each epoch; fixed = the
+    same ones every epoch."""
     cache: str | None = "auto"
-    """Folder for log-probs of references, found again by a hash of all they depend on. auto = fastpost in
-    $XDG_CACHE_HOME or ~/.cache; None = compute them each time."""
+    """Folder for tokenised data and for log-probs of references, each found again by a hash of all it depends on. auto =
+    fastpost in $XDG_CACHE_HOME or ~/.cache; None = make them each time."""
     shuffle: bool = True
     """Draw a new order each epoch, a pure function of (train.seed, epoch); False = file order."""
     share_prompt: bool = True
@@ -257,6 +272,8 @@ def to_dict(cfg: Config) -> dict:
     for key in ("betas", "step_decay"):
         value = getattr(cfg.optim, key)
         tree["optim"][key] = None if value is None else list(value)
+    if isinstance(cfg.data.train, list):
+        tree["data"]["train"] = [{k: v for k, v in s.items() if v is not None} for s in tree["data"]["train"]]
     return tree
 
 
@@ -303,7 +320,8 @@ def _set(cfg: Config, name: str, text: str, flag: str) -> None:
     if key not in hints or dataclasses.is_dataclass(hints[key]):
         raise ValueError(f"command line: unknown option {flag}.{suggest(name, field_names())}")
     # A plain string is taken as typed: `--model.path 007` or `--train.output_dir yes` need no quotes inside quotes.
-    value = text if hints[key] is str else yaml.load(text, Loader=Loader)
+    literal = hints[key] is str or (name == "data.train" and not text.lstrip().startswith("["))
+    value = text if literal else yaml.load(text, Loader=Loader)
     setattr(section, key, convert(value, hints[key], f"--{name}", "command line"))
 
 
@@ -355,7 +373,10 @@ def _check(cfg: Config, where: str) -> None:
         group, key = name.split(".")
         if not getattr(getattr(cfg, group), key):
             raise ValueError(f"{where}: {name}: expected a path, got nothing. Set it there or pass --{name} PATH.")
+    if isinstance(cfg.data.train, list):
+        check_sources(cfg.data, where)
     at_least = {
+        "data.min_length": 0, "data.epoch_tokens": 1,
         "data.max_length": 2, "data.max_prompt_length": 1, "data.limit": 1, "data.eval_limit": 1, "train.epochs": 1,
         "train.max_steps": 1, "train.batch_size": 1, "train.max_tokens_per_micro_batch": 1, "train.micro_batch_size": 1,
         "train.save_every": 0, "train.keep_latest": 1, "train.eval_every": 0, "train.threads": 1, "log.every": 1,

@@ -57,6 +57,7 @@ def _train(cfg: Config, run: RunFolder) -> None:
     sources = reference.sources(cfg.model, objective)
     data = load_data(cfg, objective, sources)
     plan = Plan(cfg, data["train"])
+    print(*plan.mixture.lines(), sep="\n", end="\n" * (not plan.mixture.whole), flush=True)
     parts = {"train": plan.first_epoch()}
     if "eval" in data:
         parts["eval"] = plan.cut(data["eval"], list(range(len(data["eval"]))))
@@ -145,7 +146,8 @@ def load_data(cfg: Config, objective, sources: dict[str, str]) -> dict[str, Data
         data[name] = load_dataset(
             cfg.data, tokenizer, objective, path=path, require=reference.columns(objective, sources)
         )
-        print(f"{name:5s}  {data[name].report.line()}", flush=True)
+        for line in data[name].lines():
+            print(f"{name:5s}  {line}", flush=True)
     return data
 
 

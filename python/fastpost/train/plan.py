@@ -4,48 +4,63 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from itertools import accumulate
 
-from fastpost.data.loader import Dataset, order
+from fastpost.data.loader import Dataset
+from fastpost.data.mixture import Mixture
 
 from .config import Config
 from .schedule import factor, warmup_steps
 
 
 class Plan:
-    """The steps of a run over `data`. Everything about step s follows from s, so a resume needs to restore nothing."""
+    """The steps of a run over `data`. Everything about step s follows from s, so a resume needs to restore nothing.
+
+    It is the same on every rank: `rows(step)` and `parts(step)` are those of the whole step, of which a rank takes its
+    share."""
 
     def __init__(self, cfg: Config, data: Dataset):
         self.cfg, self.data = cfg, data
-        self.steps_per_epoch = math.ceil(len(data) / cfg.train.batch_size)
-        self.steps = self.steps_per_epoch * cfg.train.epochs
+        self.mixture = Mixture(data, seed=cfg.train.seed, tokens=cfg.data.epoch_tokens, fixed=cfg.data.draw == "fixed")
+        self._epoch, self._order = -1, []
+        # An epoch of so many tokens has a number of rows of its own, so the ends of epochs are counted, not multiplied.
+        steps = [math.ceil(self._rows_in(e) / cfg.train.batch_size) for e in range(cfg.train.epochs)]
+        self._ends = list(accumulate(steps))
+        self.steps_per_epoch = steps[0]
+        """Steps of the first epoch; those of a mixture may differ by a few from epoch to epoch."""
+        self.steps = self._ends[-1]
         if cfg.train.max_steps is not None:
             self.steps = min(self.steps, cfg.train.max_steps)
         self.warmup = warmup_steps(self.steps, cfg.optim.warmup_ratio, cfg.optim.warmup_steps)
         self.lr(self.steps - 1)  # a schedule that does not fit the number of steps is an error now, not in an hour
-        self._epoch, self._order = -1, []
 
     def rows(self, step: int) -> list[int]:
         """Indices into the data of `step` (from 0). The last step of an epoch may have fewer than batch_size."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, order(self.cfg.train.seed, epoch, len(self.data), self.cfg.data.shuffle)
+        epoch = bisect_right(self._ends, step)
+        position = step - (self._ends[epoch - 1] if epoch else 0)
         size = self.cfg.train.batch_size
-        return self._order[position * size : (position + 1) * size]
+        return self._rows_of(epoch)[position * size : (position + 1) * size]
 
     def parts(self, step: int) -> list[list[int]]:
         """The same rows as micro-batches."""
         return self.cut(self.data, self.rows(step))
 
     def first_epoch(self) -> list[list[int]]:
-        """The micro-batches of the first epoch: each row once."""
-        return [part for step in range(self.steps_per_epoch) for part in self.parts(step)]
+        """The micro-batches of the first epoch, and of what a mixture leaves out of it: each row once."""
+        seen, parts = set(), []
+        for part in (part for step in range(self.steps_per_epoch) for part in self.parts(step)):
+            fresh = [row for row in dict.fromkeys(part) if row not in seen]
+            seen.update(fresh)
+            parts += [fresh] if fresh else []
+        return parts + self.cut(self.data, [row for row in range(len(self.data)) if row not in seen])
 
     def cut(self, data: Dataset, rows: list[int]) -> list[list[int]]:
         """`rows` of any dataset as micro-batches."""
         return data.micro_batches(rows, self.cfg.train.max_tokens_per_micro_batch, self.cfg.train.micro_batch_size)
 
     def tokens(self, step: int) -> int:
-        return sum(self.data.examples[row].tokens for row in self.rows(step))
+        return int(self.data.examples.tokens[self.rows(step)].sum())
 
     def lr(self, step: int) -> float:
         o = self.cfg.optim
@@ -63,4 +78,14 @@ class Plan:
 
     def epoch(self, finished: int) -> float:
         """Epochs done after `finished` steps."""
-        return finished / self.steps_per_epoch
+        epoch = bisect_right(self._ends, finished)
+        begin, end = [0, *self._ends][epoch], [*self._ends, self._ends[-1] + 1][epoch]
+        return epoch + (finished - begin) / (end - begin)
+
+    def _rows_of(self, epoch: int) -> list[int]:
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self.mixture.epoch(epoch).tolist()
+        return self._order
+
+    def _rows_in(self, epoch: int) -> int:
+        return len(self.data) if self.mixture.whole else len(self._rows_of(epoch))

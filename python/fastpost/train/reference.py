@@ -13,7 +13,6 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -122,8 +121,7 @@ def attach(
 
 def fill(dataset: Dataset, values: torch.Tensor, column: str) -> None:
     """Set `column` of each example from a row of `values` [examples, sequences of each]."""
-    pairs = zip(dataset.examples, values.tolist(), strict=True)
-    dataset.examples[:] = [replace(example, **{column: tuple(row)}) for example, row in pairs]
+    dataset.examples.put(column, values)
 
 
 @torch.no_grad()

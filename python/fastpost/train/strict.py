@@ -77,9 +77,16 @@ def convert(value: Any, kind: Any, name: str, where: str) -> Any:
     """`value` as the declared type `kind`; a number may be written as a string (PyYAML reads 1e-6 as one)."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
-        if value is None or value in ("none", "None"):  # YAML's own word is null, but Python's is what people type
+        kinds = [a for a in args if a is not type(None)]
+        # YAML's own word is null, but Python's is what people type.
+        if len(kinds) < len(args) and (value is None or value in ("none", "None")):
             return None
-        return convert(value, next(a for a in args if a is not type(None)), name, where)
+        for choice in kinds:
+            try:
+                return convert(value, choice, name, where)
+            except ValueError:
+                if len(kinds) == 1 or (isinstance(value, list) and typing.get_origin(choice) is list):
+                    raise
     if kind is Any:
         return plain(value)
     if kind is str and value is None:  # "path:" left open in a recipe
@@ -98,11 +105,10 @@ def convert(value: Any, kind: Any, name: str, where: str) -> Any:
     elif dataclasses.is_dataclass(kind):
         if isinstance(value, dict):
             return build(kind, value, f"{name}.", where)
-    elif origin is list:
-        if value is None or isinstance(value, str):  # none, or one entry without the brackets
-            value = [value] if value else []
-        if isinstance(value, (list, tuple)):
-            return [convert(v, args[0], f"{name}[{i}]", where) for i, v in enumerate(value)]
+    elif origin is list:  # one alone may stand without brackets
+        values = value if isinstance(value, (list, tuple)) else [] if value in (None, "", "none", "None") else [value]
+        if not isinstance(value, dict):
+            return [convert(v, args[0], f"{name}[{i}]", where) for i, v in enumerate(values)]
     elif origin is tuple:
         if isinstance(value, (list, tuple)) and len(value) == len(args):
             return tuple(convert(v, a, f"{name}[{i}]", where) for i, (v, a) in enumerate(zip(value, args, strict=True)))
@@ -116,7 +122,7 @@ def convert(value: Any, kind: Any, name: str, where: str) -> Any:
             value = int(value)
         if isinstance(value, int) and not isinstance(value, bool):
             return value
-    elif isinstance(value, kind):  # str and bool as they are
+    elif origin is None and isinstance(value, kind):  # str and bool as they are
         return value
     raise ValueError(f"{where}: {name}: expected {_type_name(kind)}, got {_kind(value)} {value!r}.")
 
@@ -149,16 +155,15 @@ def _kind(value: Any) -> str:
 
 
 def _type_name(kind: Any) -> str:
-    kinds = {
-        float: "a number",
-        int: "a whole number",
-        str: "a string",
-        bool: "true or false",
-        dict: "a mapping",
-        list: "a list",
-    }
-    if typing.get_origin(kind) is tuple:
-        return f"a list of {len(typing.get_args(kind))} numbers"
+    kinds = {float: "a number", int: "a whole number", str: "a string", bool: "true or false", dict: "a mapping"}
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_name(a) for a in args if a is not type(None))
+    if origin is tuple:
+        return f"a list of {len(args)} numbers"
+    if origin is list:
+        many = "mappings" if dataclasses.is_dataclass(args[0]) else "strings" if args[0] is str else "names"
+        return f"a list of {many}"
     if dataclasses.is_dataclass(kind):
         return f"a mapping of {', '.join(names(kind))}"
-    return kinds.get(typing.get_origin(kind) or kind, str(kind))
+    return kinds.get(origin or kind, str(kind))
