@@ -73,10 +73,11 @@ def stored_in_half_precision(model, dataset, parts, temperature):
 
 def other_tokens_scored(model, dataset, parts, temperature):
     """The end of the turn is left out, as where a mask comes from comparing ids with a padding token that is EOS."""
-    cut = copy.deepcopy(dataset)
-    for i, e in enumerate(cut.examples):
-        shorter = tuple(replace(s, trained=s.trained[:-1] + b"\0") for s in e.sequences)
-        cut.examples[i] = replace(e, sequences=shorter)
+    cut = copy.copy(dataset)
+    cut.examples = [
+        replace(e, sequences=tuple(replace(s, trained=bytes(s.trained[:-1]) + b"\0") for s in e.sequences))
+        for e in dataset.examples
+    ]
     return plain(model, cut, parts, temperature)
 
 

@@ -115,8 +115,8 @@ class DataConfig:
     """Which rows an epoch takes of a source that has more than its share. dynamic = drawn anew each epoch; fixed = the
     same ones every epoch."""
     cache: str | None = "auto"
-    """Folder for tokenised data and for log-probs of references, each found again by a hash of all it depends on. auto =
-    fastpost in $XDG_CACHE_HOME or ~/.cache; None = make them each time."""
+    """Folder for tokenised data and for log-probs of references, each found again by a hash of all it depends on.
+    auto = fastpost in $XDG_CACHE_HOME or ~/.cache; None = make them each time."""
     shuffle: bool = True
     """Draw a new order each epoch, a pure function of (train.seed, epoch); False = file order."""
     share_prompt: bool = True

@@ -125,11 +125,11 @@ def _check(out: Path, before: torch.Tensor, kind: torch.dtype | None, say) -> No
 def _load(run: Path, step: int | None, ema: bool, average: str | None):
     """The model in float32, the folders that it began with, and the names of weights to take from there."""
     if (run / adapter.CONFIG).is_file():
-        if step is not None or ema or average:
-            name = "--step" if step is not None else "--ema" if ema else "--average"
-            raise ValueError(
-                f"[export] {name}: expected none for an adapter folder, which holds one state. Name a run."
-            )
+        for name, got in (("--step", step), ("--ema", ema or None), ("--average", average)):
+            if got is not None:
+                raise ValueError(
+                    f"[export] {name}: expected none for an adapter folder, got {got}. It holds one state: name the run."
+                )
         return adapter.load(run, torch.float32, check=False), folder.locate(run), set()
     if not (run / "config.yaml").is_file():
         raise ValueError(f"[export] {run}: expected a run folder with config.yaml or an adapter folder, found neither.")
