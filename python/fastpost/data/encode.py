@@ -23,6 +23,7 @@ class Encoded:
 
     ids: array
     reply: bytearray
+    split: int | None = None  # where the second part of a reply in two parts begins
 
     @property
     def prompt(self) -> int:
@@ -90,7 +91,8 @@ class Encoder:
             out.reply.append(0)
         for part, ids in zip(parts, tokens):
             out.ids.extend(ids)
-            trained = self.turn(ids) if part.reply else 0
+            trained = len(ids) if part.open else self.turn(ids) if part.reply else 0
+            out.split = len(out.ids) if part.open else out.split
             out.reply.extend(b"\1" * trained + b"\0" * (len(ids) - trained))
         if self.plain and (not out.ids or out.ids[-1] != self.eos):
             out.ids.append(self.eos)
@@ -135,6 +137,7 @@ class Encoder:
         return dict(zip(texts, self._ids(texts))) if texts else {}
 
     def _ids(self, texts: list[str], add_special_tokens: bool = False) -> list[list[int]]:
+        """Token ids; tokenizers take no half of a surrogate pair (JSON may hold one), the loader names the row."""
         return self.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
 
 
@@ -145,7 +148,7 @@ def fit(rows: list[Encoded], cfg: DataConfig, keep: int) -> tuple[tuple[Sequence
     """
     fitted = []
     for encoded in rows:
-        ids, reply, cut = encoded.ids, encoded.reply, False
+        ids, reply, split, cut = encoded.ids, encoded.reply, encoded.split, False
         if encoded.prompt == len(ids):
             return (), "nothing to train"
         if cfg.mask != "full":  # nothing trained can see what follows the last reply token
@@ -157,6 +160,7 @@ def fit(rows: list[Encoded], cfg: DataConfig, keep: int) -> tuple[tuple[Sequence
             keep = min(keep, cfg.max_prompt_length)
             start = encoded.prompt - cfg.max_prompt_length + keep
             ids, reply, cut = ids[:keep] + ids[start:], reply[:keep] + reply[start:], True
+            split = None if split is None else split - (start - keep)
         if len(ids) > cfg.max_length:
             if cfg.truncation == "drop":
                 return (), "exceeds max_length"
@@ -165,5 +169,7 @@ def fit(rows: list[Encoded], cfg: DataConfig, keep: int) -> tuple[tuple[Sequence
         trained[0] = 0  # nothing comes before it
         if not any(trained) or not any(reply):
             return (), "prompt fills max_length" if cut else "nothing to train"
-        fitted.append(Sequence(ids, bytes(trained), cut))
+        if split is not None and not (any(trained[:split]) and any(trained[split:])):
+            return (), "one of the two parts does not fit"
+        fitted.append(Sequence(ids, bytes(trained), cut, split))
     return tuple(fitted), ""

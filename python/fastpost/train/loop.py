@@ -156,6 +156,8 @@ def load_data(cfg: Config, objective, source: str) -> dict[str, Dataset]:
             cfg.data, tokenizer, objective, path=path, require=reference.columns(objective, source)
         )
         print(f"{name:5s}  {data[name].report.line()}", flush=True)
+        for note in data[name].report.notes():
+            print(f"note   {note}", flush=True)
     return data
 
 
