@@ -188,7 +188,7 @@ def test_translated_rows_give_the_examples_of_ours(tmp_path):
     ranked = [{"conversations": [human(f"{i}?")], "chosen": gpt("b"), "rejected": gpt("c")} for i in range(3)]
     sharegpt = load(tmp_path, ranked, dpo)
     assert expected.examples == alpaca.examples == sharegpt.examples
-    assert expected.report.notes() == [] and len(alpaca.report.notes()) == 1 and len(sharegpt.report.notes()) == 6
+    assert expected.report.notes() == [] and len(alpaca.report.notes()) == 1 and len(sharegpt.report.notes()) == 2
     chats = load(tmp_path, [{"messages": [user("a"), assistant("b")]}], sft)
     assert load(tmp_path, [{"conversations": [human("a"), gpt("b")]}], sft).examples == chats.examples
 

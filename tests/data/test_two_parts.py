@@ -36,9 +36,7 @@ def test_the_closed_form():
     assert objectives.from_name("two-part-sft", alpha=1).__call__(logprob, length).tolist() == [1.0]
     with pytest.raises(ValueError, match=r"\[TwoPartSFT\] alpha: expected a finite number of at least 0 and at most 1"):
         objectives.from_name("two-part-sft", alpha=2)
-    with pytest.raises(
-        ValueError, match=r"twopartsft, got 'twopart-sftt'. Did you mean 'twopartsft'"
-    ):
+    with pytest.raises(ValueError, match=r"twopartsft, got 'twopart-sftt'. Did you mean 'twopartsft'"):
         objectives.from_name("twopart-sftt")
 
 

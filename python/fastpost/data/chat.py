@@ -93,7 +93,7 @@ class Chat:
             self._has_generation_prompt = True
             return
         shown = self.text([*prompt, {"role": "assistant", "content": STAND_IN}], arguments=arguments)
-        header = shown[len(before) : shown.find(STAND_IN)] if shown.startswith(before) else ""
+        header = shown[len(before) : shown.find(STAND_IN, len(before))] if shown.startswith(before) else ""
         if header.strip():
             raise ValueError(
                 f"the chat template has no generation prompt: it writes {header!r} before a reply but ignores "

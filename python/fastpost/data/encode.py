@@ -91,13 +91,24 @@ class Encoder:
             out.reply.append(0)
         for part, ids in zip(parts, tokens):
             out.ids.extend(ids)
-            trained = len(ids) if part.open else self.turn(ids) if part.reply else 0
+            trained = self._trained(part, ids)
             out.split = len(out.ids) if part.open else out.split
             out.reply.extend(b"\1" * trained + b"\0" * (len(ids) - trained))
-        if self.plain and (not out.ids or out.ids[-1] != self.eos):
+        if self.plain and not self._ends(tokens[-1]):
             out.ids.append(self.eos)
             out.reply.append(parts[-1].reply)
         return out
+
+    def _trained(self, part: Part, ids) -> int:
+        """How many tokens of a part are trained."""
+        if not part.reply:
+            return 0
+        # No template has added anything to plain text: all of it counts, but for white space after an EOS of its own.
+        return len(ids) if part.open or (self.plain and not self._ends(ids)) else self.turn(ids)
+
+    def _ends(self, ids) -> bool:
+        """Whether these tokens end with EOS, white space aside."""
+        return self.eos in ids[self.turn(ids) - 1 :][:1]
 
     def turn(self, ids) -> int:
         """How many tokens of a reply count as its turn: up to its end-of-turn token, without the white space that a

@@ -101,10 +101,9 @@ class Translator:
         """A list of {"role", "content"} from one of {"from", "value"} or from one message; anything else as it is."""
         if isinstance(value, dict) and ("value" in value or "content" in value):
             value = [value]
-            self._say(f"column {column} holds one message and is read as a list of one")
         if not isinstance(value, list) or not any(isinstance(m, dict) and "from" in m for m in value):
             return value
-        self._say(f"column {column} has from / value (sharegpt) and is read as role / content")
+        self._say("from / value (sharegpt) is read as role / content")
         return [self._message(m, f"{column}[{i}]") for i, m in enumerate(value)]
 
     @staticmethod
