@@ -84,6 +84,16 @@ def test_no_target_crosses_a_border(tmp_path):
             assert (batch.target[batch.cu_seqlens[1:].long() - 1] == -100).all()
 
 
+def test_the_keys_of_a_row_are_its_own(tmp_path):
+    """What the kernel on a GPU is told to look at, spelt out: each sequence from its first token to its last."""
+    examples = load(tmp_path)
+    batch, whole = collate(examples), collate(examples, share_prompt=False)
+    assert batch.tokens < whole.tokens
+    assert torch.equal(batch.input_ids[:, batch.key_rows], whole.input_ids)
+    assert torch.equal(batch.position_ids[:, batch.key_rows], whole.position_ids)
+    assert torch.equal(batch.cu_seqlens_k, whole.cu_seqlens)
+
+
 def test_packed_rows_without_their_borders_are_refused(tmp_path):
     """Handed to the model without cu_seqlens, or with a mask beside them, they would silently see each other."""
     batch, model = collate(load(tmp_path), share_prompt=False), model_of("llama")
