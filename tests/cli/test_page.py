@@ -9,6 +9,7 @@ import pytest
 
 import tiny
 from fastpost import cli
+from fastpost.cli import data
 from fastpost.cli.page import Spelling, histogram, visible
 from fastpost.data.collate import Sequence
 
@@ -114,6 +115,19 @@ def test_the_account_is_that_of_the_terminal(page):
     ):  # fmt: skip
         assert said in text, said
     assert "row 2" not in text
+
+
+def test_the_page_is_there_when_the_reader_of_the_text_goes_away(page, tmp_path, monkeypatch):
+    page(tiny.preference_rows(2))
+    (tmp_path / "p.html").unlink()
+
+    def gone(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", gone)
+    with pytest.raises(BrokenPipeError):
+        data.main([str(tmp_path / "r.yaml"), "--html", str(tmp_path / "p.html")])
+    assert "</html>" in (tmp_path / "p.html").read_text()
 
 
 def test_two_parts_have_two_colours(page):

@@ -75,11 +75,10 @@ def account(cfg: Config, data, tokenizer) -> Account:
 
 def trained_lengths(data) -> dict[str, list[int]]:
     """Trained tokens of each sequence: chosen and rejected apart, and the two parts of a reply in two parts."""
-    first = data.examples[0].sequences
-    if len(first) == 2:
-        return {n: [e.sequences[i].trained.count(1) for e in data.examples] for i, n in enumerate(NAMES[2])}
-    sequences = [e.sequences[0] for e in data.examples]
-    if first[0].split is not None:
+    if data.report.kind == "preference":
+        return {n: [e.sequences[i].trained.count(1) for e in data.examples] for i, n in enumerate(PAIR)}
+    sequences = [s for e in data.examples for s in e.sequences]
+    if sequences[0].split is not None:
         return {
             "rationale": [s.trained[: s.split].count(1) for s in sequences],
             "answer": [s.trained[s.split :].count(1) for s in sequences],
@@ -87,8 +86,12 @@ def trained_lengths(data) -> dict[str, list[int]]:
     return {"trained": [s.trained.count(1) for s in sequences]}
 
 
-NAMES = {1: ("",), 2: ("chosen", "rejected")}
-"""What the sequences of a row are called."""
+PAIR = ("chosen", "rejected")
+
+
+def names(example, kind: str) -> tuple[str, ...]:
+    """What the sequences of a row are called: those of a pair have names."""
+    return PAIR if kind == "preference" else ("",) * len(example.sequences)
 
 
 def warnings(cfg: Config, report, tokenizer) -> list[str]:

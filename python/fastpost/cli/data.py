@@ -39,17 +39,19 @@ def main(argv: list[str]) -> int:
     objective = objectives.from_name(cfg.objective.name, **cfg.objective.fields)
     tokenizer = load_tokenizer(cfg.model.path)
     require = ("reference_logprob",) if cfg.model.reference == "columns" else ()
-    parts = []
+    parts, wrote = [], ""
     for path in dict.fromkeys(p for p in (cfg.data.train, cfg.data.eval) if p):
         data = load_dataset(cfg.data, tokenizer, objective, path=path, require=require)
         shown = data.examples[: own["rows"]] if path == cfg.data.train else []
         parts.append((account(cfg, data, tokenizer), shown))
+        if own["html"]:  # before anything is printed: `| head` may end this process while it prints
+            wrote = write_page(Path(own["html"]), argv[0], cfg, parts, tokenizer)
         print("\n".join(describe(parts[-1][0])))
         for example in shown:
-            print("\n".join(show(example, tokenizer, colour())))
+            print("\n".join(show(example, data.report.kind, tokenizer, colour())))
         print()
-    if own["html"]:
-        write_page(Path(own["html"]), argv[0], cfg, parts, tokenizer)
+    if wrote:
+        print(wrote)
     return 0
 
 
@@ -71,7 +73,8 @@ def own_options(argv: list[str]) -> tuple[dict, list[str]]:
     return own, rest
 
 
-def write_page(file: Path, recipe: str, cfg: Config, parts: list, tokenizer) -> None:
+def write_page(file: Path, recipe: str, cfg: Config, parts: list, tokenizer) -> str:
+    """Write the page; returns the line that says so."""
     from fastpost.cli.page import page
 
     settings = [
@@ -87,7 +90,7 @@ def write_page(file: Path, recipe: str, cfg: Config, parts: list, tokenizer) -> 
         raise ValueError(
             f"command line: --html {file}: {error.strerror}. Name a file in a folder that exists."
         ) from None
-    print(f"wrote {file} ({len(text.encode()) / 1024:.0f} kB)")
+    return f"wrote {file} ({len(text.encode()) / 1024:.0f} kB)"
 
 
 def describe(a) -> list[str]:
@@ -102,9 +105,9 @@ def describe(a) -> list[str]:
         lines.append(f"  {reason}: {', '.join(where)}{' ...' if n > len(where) else ''}")
     columns = list(a.quantiles("sequence"))
     width = max(6, *(len(f"{a.quantiles(n)['max']}") + 2 for n in a.lengths))
-    lines.append(f"{'tokens':10s}" + "".join(f"{c:>{width}s}" for c in columns))
+    lines.append(f"{'tokens':11s}" + "".join(f"{c:>{width}s}" for c in columns))
     for name in a.lengths:
-        lines.append(f"  {name:8s}" + "".join(f"{v:>{width}d}" for v in a.quantiles(name).values()))
+        lines.append(f"  {name:9s}" + "".join(f"{v:>{width}d}" for v in a.quantiles(name).values()))
     lines.append(
         f"tokens {a.tokens}   trained {a.trained} ({a.trained / a.tokens:.1%})   truncated {a.truncated}   "
         f"dropped {dropped}   empty replies {a.empty}   identical pairs {a.identical}"
@@ -114,13 +117,13 @@ def describe(a) -> list[str]:
     return lines + [f"note: {text}" for text in a.notes] + [f"warning: {text}" for text in a.warnings]
 
 
-def show(example, tokenizer, in_colour: bool) -> list[str]:
+def show(example, kind: str, tokenizer, in_colour: bool) -> list[str]:
     """A row with its trained tokens marked, and the first and last 8 ids."""
-    from fastpost.cli.account import NAMES
+    from fastpost.cli.account import names
 
     left, right = ("\033[1;32m", "\033[0m") if in_colour else ("[[", "]]")
     lines = []
-    for name, s in zip(NAMES[len(example.sequences)], example.sequences):
+    for name, s in zip(names(example, kind), example.sequences):
         text = ""
         for on, ids in runs(s):
             piece = tokenizer.decode(ids, skip_special_tokens=False)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from html import escape
 from importlib import resources
 
-from fastpost.cli.account import NAMES, Account
+from fastpost.cli.account import Account, names
 
 BARS = 40
 
@@ -30,7 +30,7 @@ def page(recipe: str, settings: list[tuple[str, str]], parts: list[tuple[Account
     spelling, body = Spelling(tokenizer), []
     for account, examples in parts:
         body += facts(account)
-        body += [LEGEND] * bool(examples) + [row(e, spelling) for e in examples]
+        body += [LEGEND] * bool(examples) + [row(e, account.kind, spelling) for e in examples]
     chips = "".join(f"<span><b>{escape(name)}</b> {escape(value)}</span>" for name, value in settings)
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
@@ -84,37 +84,41 @@ def quantiles(a: Account) -> str:
 
 
 def histogram(a: Account) -> str:
-    """Lengths of the sequences, in bars of equal width; the share that is trained is the filled part of each."""
+    """Lengths of the sequences, in bars of equal width."""
     values = a.lengths["sequence"]
     low, high = values[0], values[-1]
     width = max(1, -(-(high - low + 1) // BARS))
     counts = [0] * ((high - low) // width + 1)
     for v in values:
         counts[(v - low) // width] += 1
-    most, step = max(counts), 600 / len(counts)
+    most, step = max(counts), min(24.0, 600 / len(counts))
     bars = []
     for i, n in enumerate(counts):
         if n:
-            tall = max(1.0, 120 * n / most)
+            tall = max(1.0, 110 * n / most)
             begin = low + i * width
             span = f"{begin}" if width == 1 else f"{begin} to {begin + width - 1}"
             bars.append(
                 f"<rect x='{i * step:.2f}' y='{130 - tall:.2f}' width='{max(1.0, step - 1):.2f}' height='{tall:.2f}'>"
                 f"<title>{span} tokens: {n:,} sequences</title></rect>"
             )
+    right = step * len(counts)
+    axis = f"<text x='0' y='146'>{low:,}</text><text x='{right:.0f}' y='146' text-anchor='end'>{high:,} tokens</text>"
+    if right < 200:  # too narrow for two labels
+        axis = f"<text x='0' y='146'>{low:,} to {high:,} tokens</text>"
     return (
         f"<svg viewBox='0 0 600 150' role='img' aria-label='lengths of the sequences, {low} to {high} tokens'>"
-        f"{''.join(bars)}<line x1='0' y1='130' x2='600' y2='130'/><text x='0' y='146'>{low:,}</text>"
-        f"<text x='600' y='146' text-anchor='end'>{high:,} tokens</text>"
+        f"{''.join(bars)}<line x1='0' y1='130' x2='600' y2='130'/>{axis}"
         f"<text x='600' y='10' text-anchor='end'>most in a bar: {most:,}</text></svg>"
     )
 
 
-def row(example, spelling: Spelling) -> str:
+def row(example, kind: str, spelling: Spelling) -> str:
     """A row: its sequences side by side."""
-    names, cells = NAMES[len(example.sequences)], []
-    for name, s in zip(names, example.sequences):
-        cut = ", cut to length" if s.truncated else ""
+    cells = []
+    for name, s in zip(names(example, kind), example.sequences):
+        cut = "" if s.split is None else f", {s.trained[s.split :].count(1)} of them the answer (blue)"
+        cut += ", cut to length" if s.truncated else ""
         label = f"<b>{name}</b> " if name else ""
         ends = (
             f"<p class='ids'>ids {escape(' '.join(map(str, s.ids[:8])))} … {escape(' '.join(map(str, s.ids[-8:])))}</p>"
