@@ -22,7 +22,7 @@ LLAMA3 = (
 NO_GENERATION_PROMPT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|eot|>", "<|bos|>"]
-KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma2")
+KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "mixtral")
 
 
 def tokenizer(
@@ -72,6 +72,7 @@ def model(kind: str = "llama", *, vocab_size: int = 320, layers: int = 2, tie: b
         "qwen2": (tf.Qwen2Config, {}),
         "qwen3": (tf.Qwen3Config, {}),
         "mistral": (tf.MistralConfig, {"sliding_window": 6}),
+        "mixtral": (tf.MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
         "gemma2": (
             tf.Gemma2Config,
             {

@@ -28,12 +28,51 @@ def test_shows_what_the_model_will_see(recipe, capsys, tmp_path):
     lines = capsys.readouterr().out.split("\n")
     assert lines[0] == f"{tmp_path}/train.jsonl  (preference)"
     assert lines[1] == "rows 8 (kept 7, dropped 1: prompt fills max_length 1)"
-    assert lines[2].startswith("tokens ") and "p50 " in lines[2] and "max " in lines[2] and "%)" in lines[2]
-    assert "BOS 0 a sequence   end of turn <|im_end|> trained in 14/14   template " in lines[3]
-    shown = "\n".join(lines[4:])
+    assert lines[2] == f"  prompt fills max_length: {tmp_path}/train.jsonl:4"
+    assert lines[3].split() == ["tokens", "min", "p5", "p50", "p95", "max"]
+    table = {name: list(map(int, numbers)) for name, *numbers in map(str.split, lines[4:8])}
+    assert list(table) == ["sequence", "prompt", "chosen", "rejected"]
+    assert all(values == sorted(values) for values in table.values())
+    assert table["sequence"][0] >= table["prompt"][0] + table["rejected"][0] and table["sequence"][-1] <= 64
+    assert lines[8].startswith("tokens ") and "%)   truncated 0   dropped 1   empty replies 0   ident" in lines[8]
+    assert "BOS 0 a sequence   end of turn <|im_end|> trained in 14/14   template " in lines[9]
+    shown = "\n".join(lines[10:])
     assert shown.count("row ") == 6 and "row 0 chosen (" in shown and "row 2 rejected (" in shown
     answer = rows[0]["chosen"][0]["content"]
     assert f"<|im_start|>assistant\n  [[{answer}<|im_end|>]]" in shown
+    ids = shown.split("\n")[1].split()
+    assert ids[0] == "ids" and ids[9] == "..." and len(ids) == 18 and ids[1] == "1" and ids[-1] == "2"
+
+
+def test_how_many_rows(recipe, capsys):
+    path = str(recipe(tiny.preference_rows(6)))
+    for arguments, rows in ((["--rows", "5"], 5), (["--rows=0"], 0), (["--rows", "99", "--data.limit", "4"], 4)):
+        assert cli.main(["data", path, *arguments]) == 0
+        assert capsys.readouterr().out.count("chosen (") == rows
+    for arguments, message in (
+        (["--rows", "-1"], "--rows: expected a whole number from 0 up, got '-1'"),
+        (["--rows"], "--rows has no value. Write --rows VALUE."),
+        (["--html", "/nowhere/x.html"], "--html /nowhere/x.html: No such file or directory. Name a file in a folder"),
+    ):
+        assert cli.main(["data", path, *arguments]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_what_was_translated_and_where_tokens_merge(recipe, capsys):
+    rows = [{"instruction": f"{i}?", "output": ["b", "c"]} for i in range(3)]
+    cli.main(["data", str(recipe(rows))])
+    out = capsys.readouterr().out
+    note = "note: columns instruction, input, output (alpaca) are read as prompt, chosen, rejected as a chat\n"
+    assert out.count("note:") == 1 and note in out
+    cli.main(["data", str(recipe([{"prompt": "The ", "chosen": "answer", "rejected": "x"}]))])
+    assert "note: 1 sequences would share a token between prompt and reply" in capsys.readouterr().out
+
+
+def test_empty_replies_are_counted(recipe, capsys):
+    rows = tiny.preference_rows(3)
+    rows[1]["rejected"][0]["content"] = ""
+    cli.main(["data", str(recipe(rows))])
+    assert "empty replies 1 " in capsys.readouterr().out
 
 
 def test_colour_on_a_terminal(recipe, capsys, monkeypatch):

@@ -35,6 +35,8 @@ def test_each_recipe_reads_and_its_data_loads(name, tmp_path):
     cfg = load_config(recipes()[name], ["--model.path", "m", "--data.train", "d"])
     objective = objectives.from_name(cfg.objective.name, **cfg.objective.fields)
     rows = {"kto": tiny.unpaired_rows, "sft": tiny.sft_rows}.get(name, tiny.preference_rows)(4)
+    if name == "two-part-sft":
+        rows = [{"prompt": "2 + 3?", "rationale": "It is ", "answer": f"{i}"} for i in range(4)]
     cfg.data.train = str(tiny.write_jsonl(tmp_path / "d.jsonl", rows))
     data = load_dataset(cfg.data, tiny.tokenizer(), objective)
     assert len(data) == 4 and data.batch([0, 1]).scored > 0

@@ -2,13 +2,17 @@
 """Which tokens are trained. The mask is read back as text: [[trained]]."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
 import tiny
 from fastpost import objectives
+from fastpost.data.collate import IGNORE
 from fastpost.data.loader import load_dataset
+from fastpost.hf import attention
 from fastpost.train.config import DataConfig
+from fastpost.train.forward import forward
 
 INST = (  # Mistral's shape: no header before a reply, so no generation prompt is needed
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
@@ -233,3 +237,40 @@ def test_any_chat_trains_its_replies_and_is_served_as_trained(load, template):
         served = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
         last = bytes(sequence.trained).rfind(0) + 1  # where the last reply begins
         assert list(sequence.ids[:last]) == tokenizer(served, add_special_tokens=False)["input_ids"]
+
+
+def test_half_a_surrogate_pair_names_its_row(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b\\ud83d"}\n')
+    with pytest.raises(ValueError) as caught:
+        load_dataset(DataConfig(train=str(path)), tiny.tokenizer())
+    text = "d.jsonl:2: the text holds \\ud83d, half of a surrogate pair and no character. Remove it."
+    assert str(caught.value).endswith(text)
+    path.write_text('{"text": "\\ud83d\\ude42"}\n')
+    assert len(load_dataset(DataConfig(train=str(path)), tiny.tokenizer())) == 1
+
+
+@pytest.mark.parametrize("kind", ["chat", "text", "question"])
+@pytest.mark.parametrize("mask", ["full", "reply"])
+def test_a_changed_label_of_the_prompt(load, mask, kind):
+    """ANITA and ATS train the whole text: another label in the prompt is another loss. Masked, it is not."""
+    rows = {
+        "chat": {"messages": [user("What is 7 + 5?"), assistant("12")]},
+        "text": {"text": "What is 7 + 5? 12<|endoftext|>"},
+        "question": {"prompt": "# Question\nWhat is 7 + 5?\n\n# Answer\n", "completion": "12"},
+    }
+    data = load([rows[kind]], tiny.tokenizer(), objectives.SFT(), mask=mask)
+    attention.register()
+    model = tiny.model()
+    model.set_attn_implementation(attention.NAME)
+    batch = data.batch([0])
+    prompt, end = 4, len(data.examples[0].sequences[0]) - 1
+    losses = []
+    for position in (None, prompt, end):
+        target = batch.target.clone()
+        if position is not None and target[position - 1] != IGNORE:
+            target[position - 1] = 99
+        losses.append(forward(model, replace(batch, target=target), objectives.SFT()).loss.item())
+    whole = mask == "full" or kind == "text"
+    assert (losses[1] != losses[0]) == whole and losses[2] != losses[0]
+    assert batch.scored == (end if whole else len("12") + 1)

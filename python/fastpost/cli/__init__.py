@@ -16,7 +16,7 @@ VERBS = {
     "train": ("fastpost.cli.train", "RECIPE [--group.key VALUE ...]", "train a model as a recipe says"),
     "data": (
         "fastpost.cli.data",
-        "RECIPE [--group.key VALUE ...]",
+        "RECIPE [--html FILE] [--group.key VALUE ...]",
         "show what the model will see: tokens, mask, lengths, drops",
     ),
     "eval": ("fastpost.cli.evaluate", "RECIPE [--group.key VALUE ...]", "held-out loss, margin and accuracy"),

@@ -23,6 +23,7 @@ class Sequence:
     ids: array  # typecode "i": 4 bytes a token where a list of ints takes 36
     trained: bytes  # 0 or 1 a token
     truncated: bool = False
+    split: int | None = None  # the reply has two parts, and the second begins at this token
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -89,6 +90,12 @@ class Batch:
     reward: torch.Tensor | None  # float32 [S]
     rows: list[int]  # dataset row of each pair (or sequence)
     longest: int  # tokens in the longest sequence, shared ones included (varlen kernels ask for it at launch)
+    cu_parts: torch.Tensor | None = None  # int32 [2S+1], where the two parts of each sequence are scored; None = whole
+
+    @property
+    def cu_scored(self) -> torch.Tensor:
+        """Bounds of what is summed into one log-prob: sequences, or the two parts of each."""
+        return self.cu_seqlens if self.cu_parts is None else self.cu_parts
 
     @property
     def tokens(self) -> int:
@@ -110,7 +117,7 @@ def collate(examples: list[Example], share_prompt: bool = True) -> Batch:
     """Pack examples in the order given; with share_prompt what the sequences of an example share is there once."""
     if not examples:
         raise ValueError("[collate] examples: expected at least one, got none.")
-    ids, positions, target, key_rows, ends, ends_k = array("i"), [], [], [], [0], [0]
+    ids, positions, target, key_rows, ends, ends_k, parts = array("i"), [], [], [], [0], [0], [0]
     for example in examples:
         begin = len(ids)
         for i, s in enumerate(example.sequences):
@@ -122,9 +129,13 @@ def collate(examples: list[Example], share_prompt: bool = True) -> Batch:
             # The one place where targets are shifted: position t is scored when token t+1 is trained.
             scored = zip(s.ids[past + 1 :], s.trained[past + 1 :], strict=True)
             target += [token if on else IGNORE for token, on in scored] + [IGNORE]
+            # Where token `split` is predicted the second part begins to be scored.
+            parts += [] if s.split is None else [len(ids) - len(s) + s.split - 1, len(ids)]
             ends.append(len(ids))
             ends_k.append(len(key_rows))
     sharing = len(key_rows) > len(ids)
+    if len(parts) not in (1, 2 * len(ends) - 1):
+        raise ValueError("[collate] examples: some sequences have two parts and some have not. Do not mix them.")
     return Batch(
         input_ids=torch.tensor(ids, dtype=torch.int64)[None],
         position_ids=torch.tensor(positions, dtype=torch.int64)[None],
@@ -137,6 +148,7 @@ def collate(examples: list[Example], share_prompt: bool = True) -> Batch:
         reward=_column(examples, "reward"),
         rows=[e.row for e in examples for _ in (e.sequences if e.packed else (0,))],
         longest=max(b - a for a, b in pairwise(ends_k)),
+        cu_parts=torch.tensor(parts, dtype=torch.int32) if len(parts) > 1 else None,
     )
 
 

@@ -8,10 +8,14 @@ Columns are TRL's:
     prompt, completion            the completion is trained
     prompt, completion, label     the same, and label (true / false) says whether it is wanted (KTO)
     prompt, chosen, rejected      a preference pair; the prompt may also be the shared beginning of chosen and rejected
+    prompt                        for methods that write replies while they train: recognised, and refused by the others
+    prompt, rationale, answer     ours: a reply in two parts, joined as they stand, each with a weight (two-part-sft)
 
 A text column is a string or a list of {"role", "content"}. Numbers that ride along, one per sequence: reference_logps,
 previous_logps, reward; in pairs reference_chosen_logps, reference_rejected_logps, previous_..., chosen_reward,
-rejected_reward."""
+rejected_reward. `turn` names the assistant turn to train (data.mask: turn), counted from 0 over the whole conversation.
+`tools` (a list, or JSON of one) and `chat_template_kwargs` (an object, or JSON of one) go to the chat template.
+What other tools write is brought into this form by translate.py."""
 
 from __future__ import annotations
 
@@ -25,10 +29,12 @@ from fastpost.train.config import suggest
 
 TYPES = {
     "preference": ("chosen", "rejected"),
+    "two_part": ("prompt", "rationale", "answer"),
     "unpaired": ("prompt", "completion", "label"),
     "prompt_completion": ("prompt", "completion"),
     "messages": ("messages",),
     "text": ("text",),
+    "prompt_only": ("prompt",),
 }
 """Row types by their required columns, the most demanding first: the first that fits is taken."""
 
@@ -42,6 +48,11 @@ NUMBERS = {
     "previous_logprob": (("previous_logps",), ("previous_chosen_logps",), ("previous_rejected_logps",)),
     "reward": (("reward",), ("chosen_reward",), ("rejected_reward",)),
 }
+
+RESERVED = {"conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message",
+            "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+            "tokenizer_kwargs", "documents"}  # fmt: skip
+"""Arguments of apply_chat_template that a row may not set."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,7 @@ def is_chat(row: Row, column: str) -> bool:
         return False
     if isinstance(value, list) and value and all(isinstance(m, dict) for m in value):
         for i, message in enumerate(value):
-            if not isinstance(message.get("role"), str) or "content" not in message:
+            if not isinstance(message.get("role"), str) or not ("content" in message or message.get("tool_calls")):
                 raise ValueError(
                     f"{row.where}: {column}[{i}]: expected {{'role', 'content'}}, got keys {', '.join(message)}."
                 )
@@ -142,6 +153,40 @@ def numbers(row: Row, paired: bool) -> dict[str, tuple[float, ...] | None]:
     return found
 
 
+def turn(row: Row) -> int | None:
+    """The column `turn`, None where the row has none. Raises ValueError for anything but a whole number from 0 up."""
+    value = row.values.get("turn")
+    if value is None:
+        return None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value < 0 or value != int(value):
+        raise ValueError(f"{row.where}: column 'turn': expected a whole number from 0 up, got {value!r}.")
+    return int(value)
+
+
+def template_arguments(row: Row) -> dict:
+    """What the columns tools and chat_template_kwargs give to the chat template. Raises ValueError naming file, line
+    and column for other types, broken JSON, and arguments that decide where a reply begins."""
+    arguments = {}
+    for column, kind in (("chat_template_kwargs", dict), ("tools", list)):
+        value = row.values.get(column)
+        if isinstance(value, str):
+            value = _parse(value.encode(), f"{row.where}: column '{column}'") if value.strip() else None
+        if value is None:
+            continue
+        if not isinstance(value, kind):
+            names = {dict: "an object", list: "a list"}
+            raise ValueError(
+                f"{row.where}: column '{column}': expected {names[kind]} or JSON of one, got {type(value).__name__}."
+            )
+        arguments |= value if kind is dict else {"tools": value} if value else {}
+    if ours := sorted(set(arguments) & RESERVED):
+        raise ValueError(
+            f"{row.where}: column 'chat_template_kwargs': {', '.join(ours)} is set by fastpost. Remove it from the row."
+        )
+    return arguments
+
+
 def _jsonl(path: Path) -> Iterator[tuple[str, object]]:
     with open(path, "rb") as stream:
         for number, line in enumerate(stream, start=1):
@@ -169,8 +214,18 @@ def _parquet(path: Path) -> Iterator[tuple[str, object]]:
     index = 0
     for batch in parquet.ParquetFile(path).iter_batches():
         for values in batch.to_pylist():
-            yield f"{path} row {index}", values
+            yield f"{path} row {index}", {name: _dense(value) for name, value in values.items()}
             index += 1
+
+
+def _dense(value):
+    """Parquet gives every struct the fields of all rows, null where a row has none: take those out again. An empty
+    `content` is one that the writer meant."""
+    if isinstance(value, list):
+        return [_dense(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _dense(v) for k, v in value.items() if v is not None or k == "content"}
+    return value
 
 
 def _parse(data: bytes, where: str):

@@ -45,11 +45,12 @@ class Dataset:
         return collate([self.examples[i] for i in indices], self.share_prompt)
 
     def lines(self) -> list[str]:
-        """The account for people: a line for each source, and one on its cache."""
+        """The account for people: a line for each source, and more on its cache and on what was not asked for."""
         lines = []
         for part in self.parts:
             lines.append(f"{f'{part.report.path}: ' if len(self.parts) > 1 else ''}{part.report.line()}")
             lines += [part.cache] if part.cache else []
+            lines += [f"note: {text}" for text in part.report.notes()]
         return lines
 
     def split(self) -> list[Dataset]:

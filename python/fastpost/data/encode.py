@@ -23,6 +23,7 @@ class Encoded:
 
     ids: array
     reply: bytearray
+    split: int | None = None  # where the second part of a reply in two parts begins
 
     @property
     def prompt(self) -> int:
@@ -46,6 +47,8 @@ class Encoder:
         self.adds_bos = (
             plain and self.bos is not None and self._ids(["a"], add_special_tokens=True)[0][:1] == [self.bos]
         )
+        # SentencePiece's kind puts a space before whatever it encodes, which would be one too many inside a row.
+        self._prepends = str(tokenizer.convert_ids_to_tokens(self._ids(["a"])[0][0])).startswith("▁")
         # Some models open every turn with their BOS (SmolLM2: <|im_start|>) or end with it; then only the start can be
         # counted.
         turns = [
@@ -60,14 +63,23 @@ class Encoder:
         """The sequences of each row from their parts, in one call of the tokenizer (a second where prompt and reply
         merge).
 
-        Raises ValueError naming file and line for a row with a BOS too many.
+        Raises ValueError naming file and line for a row with a BOS too many, or with half of a surrogate pair.
         """
+        for row, row_parts in zip(rows, parts):
+            try:
+                "".join(p.text for s in row_parts for p in s).encode()
+            except UnicodeEncodeError as error:
+                half = f"\\u{ord(error.object[error.start]):04x}"
+                raise ValueError(
+                    f"{row.where}: the text holds {half}, half of a surrogate pair and no character. Remove it."
+                ) from None
         sequences = [sequence for row in parts for sequence in row]
         known = self._table({"".join(p.text for p in s[:i]) for s in sequences for i in range(1, len(s) + 1)})
-        pieces = self._table({p.text for s in sequences if self._cuts(s, known) is None for p in s})
+        apart = [s for s in sequences if self._cuts(s, known) is None]
+        first, rest = self._table({s[0].text for s in apart}), self._inside({p.text for s in apart for p in s[1:]})
         encoded = []
         for row, row_parts in zip(rows, parts):
-            encoded.append([self._encode(s, known, pieces) for s in row_parts])
+            encoded.append([self._encode(s, known, first, rest, row.where) for s in row_parts])
             for one in encoded[-1]:
                 self._check_bos(one.ids, row.where)
         return encoded
@@ -76,26 +88,40 @@ class Encoder:
         """How many BOS tokens the sequence starts with."""
         return 0 if self.bos is None else next((i for i, token in enumerate(ids) if token != self.bos), len(ids))
 
-    def _encode(self, parts: list[Part], known: dict, pieces: dict) -> Encoded:
+    def _encode(self, parts: list[Part], known: dict, first: dict, rest: dict, where: str) -> Encoded:
         cuts = self._cuts(parts, known)
         if cuts is not None:
             whole = known["".join(p.text for p in parts)]
             tokens = [whole[a:b] for a, b in zip([0, *cuts], cuts)]
         else:
             self.merged += 1
-            tokens = [pieces[p.text] for p in parts]
+            tokens = [first[parts[0].text], *(rest[p.text] for p in parts[1:])]
+            if None in tokens:
+                raise ValueError(f"{where}: prompt and reply share a token, and this tokenizer cannot take them apart.")
         out = Encoded(array("i"), bytearray())
         if self.adds_bos and self.leading_bos(tokens[0]) == 0:
             out.ids.append(self.bos)
             out.reply.append(0)
         for part, ids in zip(parts, tokens):
             out.ids.extend(ids)
-            trained = self.turn(ids) if part.reply else 0
+            trained = self._trained(part, ids)
+            out.split = len(out.ids) if part.open else out.split
             out.reply.extend(b"\1" * trained + b"\0" * (len(ids) - trained))
-        if self.plain and (not out.ids or out.ids[-1] != self.eos):
+        if self.plain and not self._ends(tokens[-1]):
             out.ids.append(self.eos)
             out.reply.append(parts[-1].reply)
         return out
+
+    def _trained(self, part: Part, ids) -> int:
+        """How many tokens of a part are trained."""
+        if not part.reply:
+            return 0
+        # No template has added anything to plain text: all of it counts, but for white space after an EOS of its own.
+        return len(ids) if part.open or (self.plain and not self._ends(ids)) else self.turn(ids)
+
+    def _ends(self, ids) -> bool:
+        """Whether these tokens end with EOS, white space aside."""
+        return self.eos in ids[self.turn(ids) - 1 :][:1]
 
     def turn(self, ids) -> int:
         """How many tokens of a reply count as its turn: up to its end-of-turn token, without the white space that a
@@ -130,6 +156,17 @@ class Encoder:
             cuts.append(len(ids))
         return cuts
 
+    def _inside(self, texts: set[str]) -> dict[str, list[int] | None]:
+        """Tokens of texts that stand inside a row; None where they cannot be had without a space in front."""
+        if not self._prepends:
+            return self._table(texts)
+        found: dict[str, list[int] | None] = dict.fromkeys(texts)
+        for before in ("\n", "a", "."):  # encode behind something that does not merge with the text, and take that off
+            (start,) = self._ids([before])
+            for text, ids in self._table({before + t for t, got in found.items() if got is None}).items():
+                found[text[1:]] = ids[len(start) :] if start and ids[: len(start)] == start else None
+        return found
+
     def _table(self, texts: set[str]) -> dict[str, list[int]]:
         texts = sorted(texts)
         return dict(zip(texts, self._ids(texts))) if texts else {}
@@ -145,7 +182,7 @@ def fit(rows: list[Encoded], cfg: DataConfig, keep: int) -> tuple[tuple[Sequence
     """
     fitted = []
     for encoded in rows:
-        ids, reply, cut = encoded.ids, encoded.reply, False
+        ids, reply, split, cut = encoded.ids, encoded.reply, encoded.split, False
         if encoded.prompt == len(ids):
             return (), "nothing to train"
         if cfg.mask != "full":  # nothing trained can see what follows the last reply token
@@ -157,6 +194,7 @@ def fit(rows: list[Encoded], cfg: DataConfig, keep: int) -> tuple[tuple[Sequence
             keep = min(keep, cfg.max_prompt_length)
             start = encoded.prompt - cfg.max_prompt_length + keep
             ids, reply, cut = ids[:keep] + ids[start:], reply[:keep] + reply[start:], True
+            split = None if split is None else split - (start - keep)
         if len(ids) > cfg.max_length:
             if cfg.truncation == "drop":
                 return (), "exceeds max_length"
@@ -165,5 +203,7 @@ def fit(rows: list[Encoded], cfg: DataConfig, keep: int) -> tuple[tuple[Sequence
         trained[0] = 0  # nothing comes before it
         if not any(trained) or not any(reply):
             return (), "prompt fills max_length" if cut else "nothing to train"
-        fitted.append(Sequence(ids, bytes(trained), cut))
+        if split is not None and not (any(trained[:split]) and any(trained[split:])):
+            return (), "one of the two parts does not fit"
+        fitted.append(Sequence(ids, bytes(trained), cut, split))
     return tuple(fitted), ""

@@ -19,12 +19,13 @@ from itertools import islice
 import numpy as np
 
 from fastpost.data import blocks, cache
-from fastpost.data.chat import Chat, parts_of
+from fastpost.data.chat import Chat, NothingToTrain, parts_of
 from fastpost.data.collate import Example
 from fastpost.data.columns import NUMBERS, TYPES, Row, is_chat, need, numbers, read_rows, row_type
 from fastpost.data.dataset import Dataset, Part
 from fastpost.data.encode import Encoder, fit
 from fastpost.data.table import Examples, Table, Writer
+from fastpost.data.translate import Translator
 from fastpost.train.config import DataConfig
 from fastpost.train.progress import progress
 from fastpost.train.sources import Source, config_of, sources_of
@@ -41,6 +42,7 @@ class Report:
     kind: str = ""
     rows: int = 0
     dropped: Counter = field(default_factory=Counter)  # reason -> rows
+    dropped_at: dict[str, list[str]] = field(default_factory=dict)  # reason -> file:line of the first three
     truncated: int = 0
     merged: int = 0  # sequences whose prompt and reply share a token when tokenised together; they are tokenised apart
     identical: int = 0  # pairs with the same tokens in chosen and rejected: no preference to learn
@@ -51,6 +53,22 @@ class Report:
     blocks: int = 0  # blocks of data.max_length tokens that the rows were cut into; 0 = rows stay whole
     left_over: int = 0  # tokens at the end that fill no block
     inner_ends: int = 0  # rows whose text itself holds the end-of-document token
+    translated: list[str] = field(default_factory=list)  # what other tools' columns were read as
+
+    def drop(self, reason: str, where: str) -> None:
+        """Count a row that is left out; the first few of each reason are named."""
+        self.dropped[reason] += 1
+        if len(self.dropped_at.setdefault(reason, [])) < 3:
+            self.dropped_at[reason].append(where)
+
+    def notes(self) -> list[str]:
+        """What the user did not ask for and should know, a line each."""
+        merged = (
+            f"{self.merged} sequences would share a token between prompt and reply; they are tokenised apart, as when "
+            "serving"
+        )
+        ends = f"{self.inner_ends} documents hold {self.end} inside"
+        return self.translated + [merged] * (self.merged > 0) + [ends] * (self.inner_ends > 0)
 
     @property
     def kept(self) -> int:
@@ -112,8 +130,8 @@ def load_dataset(
     process group.
 
     objective (optional) decides which row type is wanted; `require` names stored numbers that every row must have
-    ("reference_logprob", "previous_logprob", "reward"). Rows with nothing left to train are dropped and counted; a row
-    that is wrong is a ValueError with file and line."""
+    ("reference_logprob", "previous_logprob", "reward"). Rows with nothing left to train are dropped and counted; a row that is wrong is a ValueError
+    with file and line."""
     path = path or cfg.train
     path = path if isinstance(path, list) else str(path)
     if objective is not None:
@@ -143,31 +161,41 @@ def _read(cfg: DataConfig, tokenizer, objective, require: tuple[str, ...]) -> tu
         rows = progress(read_rows(path, limit, cfg.columns), f"tokenise {path}", _lines(path, limit), unit="rows")
         return blocks.read(cfg, rows, tokenizer, objective, report), vars(report)
     chat, report, examples, encoder = Chat(tokenizer), Report(str(path)), Writer(), None
+    margin = objective is not None and objective.needs_reward and objective.reward_is == "rewards"
+    translate = Translator(plain=cfg.format == "plain", margin=margin)
     rows = progress(read_rows(path, limit, cfg.columns), f"tokenise {path}", _lines(path, limit), unit="rows")
+    rows = map(translate, rows)
     while chunk := list(islice(rows, CHUNK)):
         if encoder is None:
             report.kind = wanted_type(chunk[0], objective)
             column = TYPES[report.kind][0]
             plain = column == "text" or (cfg.format != "chat" and not is_chat(chunk[0], column))
             encoder = Encoder(tokenizer, plain)
-        stored, parts = [], []
+        whole, stored, parts = [], [], []
         for row in chunk:
+            report.rows += 1
             need(row, TYPES[report.kind])
             if is_chat(row, column) == plain and cfg.format != "chat":
                 raise ValueError(
                     f"{row.where}: strings and message lists are mixed in this file. Use one of them throughout."
                 )
-            stored.append(_numbers(row, report.kind == "preference", require))
-            parts.append(parts_of(row, report.kind, chat, cfg.format == "chat", cfg.mask))
-        for row, encoded, values in zip(chunk, encoder.rows(chunk, parts), stored):
-            report.rows += 1
+            values = _numbers(row, report.kind == "preference", require)
+            try:
+                parts.append(parts_of(row, report.kind, chat, cfg.format == "chat", cfg.mask))
+            except NothingToTrain as reason:
+                report.drop(str(reason), row.where)
+                continue
+            whole.append(row)
+            stored.append(values)
+        for row, encoded, values in zip(whole, encoder.rows(whole, parts), stored):
             sequences, reason = fit(encoded, cfg, keep=encoder.leading_bos(encoded[0].ids))
             if not reason and max(map(len, sequences)) < cfg.min_length:
                 reason = "shorter than min_length"
             if reason:
-                report.dropped[reason] += 1
+                report.drop(reason, row.where)
             else:
                 examples.append(Example(row.index, sequences, **values))
+    report.translated = translate.notes
     if not examples:
         raise ValueError(f"{path}: every row was dropped: {report.line()}. Look at it with `fastpost data`.")
     table = examples.table()
@@ -177,8 +205,19 @@ def _read(cfg: DataConfig, tokenizer, objective, require: tuple[str, ...]) -> tu
 
 def wanted_type(row: Row, objective) -> str:
     """The row type to train `objective` on, judged by the first row. Raises ValueError when the columns do not fit."""
+    kind = row_type(row)
+    if kind == "prompt_only" and not {"completion", "chosen", "rejected"} & set(row.values):
+        raise ValueError(
+            f"{row.where}: the row has a prompt and no reply (its columns: {', '.join(row.values)}). "
+            f"{objective.name if objective else 'Training'} learns from replies that are there: add chosen and "
+            "rejected, or completion, or rename with data.columns. Prompts alone are for methods that write the "
+            "replies while they train, which this version has not."
+        )
     if objective is None:
-        return row_type(row)
+        return kind
+    if objective.row_type:
+        need(row, TYPES[objective.row_type])
+        return objective.row_type
     if objective.paired:
         need(row, TYPES["preference"])
         return "preference"
@@ -186,12 +225,17 @@ def wanted_type(row: Row, objective) -> str:
         need(row, TYPES["unpaired"])
         return "unpaired"
     found = next((k for k in ("prompt_completion", "messages", "text") if all(c in row.values for c in TYPES[k])), None)
-    if found is None and row_type(row) == "preference":
+    if found is None and kind == "two_part":
+        raise ValueError(
+            f"{row.where}: the reply has two parts (rationale, answer), which {objective.name} does not weigh. Use the "
+            "objective two-part-sft, or name the whole reply with data.columns, e.g. {completion: response}."
+        )
+    if found is None and kind == "preference":
         raise ValueError(
             f"{row.where}: {objective.name} trains on single replies, but the rows are pairs (chosen, rejected). "
             "Name one of them with data.columns, e.g. {completion: chosen}, or choose a pair objective."
         )
-    return found or row_type(row)
+    return found or kind
 
 
 def _lines(path: str, limit: int | None) -> int | None:

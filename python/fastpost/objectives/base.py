@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,6 +105,7 @@ class Objective(Hyperparameters):
     needs_previous = False
     needs_reward = False
     reward_is = "rewards"
+    row_type: ClassVar[str | None] = None  # the rows that only it takes (fastpost.data.columns.TYPES)
     takes_kl = False  # a pair objective with it gets kl as third argument of _losses; those without pairs always do
     unit = "pair"  # what the loss is a mean over: "pair", "triple", "sequence" or "token"
 

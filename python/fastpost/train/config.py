@@ -88,9 +88,10 @@ class DataConfig:
     """How rows of plain strings become text. plain = prompt + completion + EOS as they stand; chat = prompt is a user
     message and completion an assistant message. auto = plain for strings; message lists always use the model's own chat
     template."""
-    mask: Literal["reply", "last", "full"] = "reply"
+    mask: Literal["reply", "last", "turn", "full"] = "reply"
     """Which tokens are trained. reply = every assistant turn (or the completion); last = the last assistant turn only;
-    full = every token. The end-of-turn token that closes a trained turn is always trained."""
+    turn = the one that the column `turn` names, counted from 0 (without it: where chosen and rejected part, or the
+    last), as REFUEL wants it; full = every token. The end-of-turn token of a trained turn is always trained."""
     max_length: int = 1024
     """Longest sequence (prompt + completion) in tokens."""
     max_prompt_length: int | None = None

@@ -128,7 +128,7 @@ def _load(run: Path, step: int | None, ema: bool, average: str | None):
         for name, got in (("--step", step), ("--ema", ema or None), ("--average", average)):
             if got is not None:
                 raise ValueError(
-                    f"[export] {name}: expected none for an adapter folder, got {got}. It holds one state: name the run."
+                    f"[export] {name}: expected none for an adapter folder, got {got}. It holds one state; name a run."
                 )
         return adapter.load(run, torch.float32, check=False), folder.locate(run), set()
     if not (run / "config.yaml").is_file():

@@ -30,7 +30,7 @@ def forward(model: torch.nn.Module, batch: Batch, objective, temperature: float 
         hidden,
         h.weight,
         batch.target,
-        batch.cu_seqlens,
+        batch.cu_scored,
         objective,
         reference_logprob=batch.reference_logprob,
         previous_logprob=batch.previous_logprob,
@@ -46,13 +46,13 @@ def schedule(model: torch.nn.Module, batch: Batch, objective):
     """How the head of `forward` computes this batch: fastpost.ops.preference_loss's Schedule."""
     h = head(model)
     hidden = h.weight.new_empty(batch.tokens, h.weight.shape[1]).requires_grad_()
-    return schedule_of(hidden, h.weight, batch.target, batch.cu_seqlens, objective, softcap=h.softcap)
+    return schedule_of(hidden, h.weight, batch.target, batch.cu_scored, objective, softcap=h.softcap)
 
 
 def lengths(batch: Batch) -> torch.Tensor:
-    """Scored tokens of each sequence, int64 [S]; known before any forward."""
+    """Scored tokens of each sequence (or of each of its parts), int64 [S]; known before any forward."""
     scored = (batch.target != IGNORE).cumsum(0)
-    ends = torch.cat([scored.new_zeros(1), scored])[batch.cu_seqlens.long()]
+    ends = torch.cat([scored.new_zeros(1), scored])[batch.cu_scored.long()]
     return ends.diff()
 
 
