@@ -9,6 +9,7 @@ for part in data.micro_batches(rows, max_tokens=8192):
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from fastpost.data.collate import Batch, Example, collate
 from fastpost.data.columns import NUMBERS, TYPES, Row, is_chat, need, numbers, read_rows, row_type
 from fastpost.data.encode import Encoder, fit
 from fastpost.train.config import DataConfig
+from fastpost.train.progress import progress
 
 CHUNK = 1000
 """Rows tokenised in one call: the tokenizer works in parallel, and memory for text stays small."""
@@ -102,12 +104,12 @@ def load_dataset(
     objective (optional) decides which row type and which stored numbers are wanted; `require` names more of the latter
     ("reference_logprob"). Rows with nothing left to train are dropped and counted; a row that is wrong is a ValueError
     with file and line."""
-    path = path or cfg.train
+    path = str(path or cfg.train)
     limit = cfg.eval_limit if path == cfg.eval and path != cfg.train else cfg.limit
     if objective is not None:
         require += ("previous_logprob",) * objective.needs_previous + ("reward",) * objective.needs_reward
     chat, report, examples, encoder = Chat(tokenizer), Report(str(path)), [], None
-    rows = read_rows(path, limit, cfg.columns)
+    rows = progress(read_rows(path, limit, cfg.columns), f"tokenise {path}", _lines(path, limit), unit="rows")
     while chunk := list(islice(rows, CHUNK)):
         if encoder is None:
             report.kind = wanted_type(chunk[0], objective)
@@ -153,6 +155,15 @@ def wanted_type(row: Row, objective) -> str:
             "Name one of them with data.columns, e.g. {completion: chosen}, or choose a pair objective."
         )
     return found or row_type(row)
+
+
+def _lines(path: str, limit: int | None) -> int | None:
+    """How many rows to expect of a .jsonl file, or None: for the progress line alone."""
+    if not path.endswith(".jsonl") or not os.path.isfile(path):
+        return limit
+    with open(path, "rb") as stream:
+        count = sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))
+    return min(count, limit or count)
 
 
 def _numbers(row: Row, paired: bool, require: tuple[str, ...]) -> dict:

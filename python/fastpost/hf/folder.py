@@ -16,6 +16,7 @@ from transformers.utils import logging as hf_logging
 
 from fastpost.hf import attention
 from fastpost.hf.model import verify
+from fastpost.train.progress import waiting
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -41,10 +42,11 @@ def load_model(
     bar = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=name, use_safetensors=True, local_files_only=True,
-            trust_remote_code=False, output_loading_info=True,
-        )  # fmt: skip
+        with waiting(f"load {path}"):
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, attn_implementation=name, use_safetensors=True, local_files_only=True,
+                trust_remote_code=False, output_loading_info=True,
+            )  # fmt: skip
     finally:
         if bar:
             hf_logging.enable_progress_bar()
@@ -73,7 +75,8 @@ def save_folder(model, source: str | Path, out: str | Path, dtype: torch.dtype |
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        _write_weights(model, source, aside, dtype)
+        with waiting(f"save {out}", lambda: _written(aside), _size(model, source, dtype), "MB"):
+            _write_weights(model, source, aside, dtype)
         for file in source.iterdir():
             weights = file.suffix in (".safetensors", *PICKLED) or file.name.endswith(".index.json")
             if file.is_file() and not file.name.startswith(".") and not weights:
@@ -173,6 +176,17 @@ def _write_weights(model, source: Path, out: Path, dtype: torch.dtype | None) ->
         else:  # another dtype, another size
             tree.setdefault("metadata", {})["total_size"] = size
             (out / index.name).write_text(json.dumps(tree, indent=2) + "\n")
+
+
+def _size(model, source: Path, dtype: torch.dtype | None) -> float:
+    """MB that _write_weights will write, about."""
+    if dtype is None:
+        return sum(file.stat().st_size for file in weight_files(source)) / 1e6
+    return sum(p.numel() for p in model.parameters()) * dtype.itemsize / 1e6
+
+
+def _written(folder: Path) -> float:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
 
 
 def _dtype(entry: dict) -> torch.dtype:

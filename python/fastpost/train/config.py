@@ -140,6 +140,18 @@ class LogConfig:
     """Print a line each so many steps (metrics.jsonl gets every step)."""
     plot: bool = True
     """Draw loss.png at the end."""
+    to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    """Log to these, too, each a package of its own: tensorboard (into the run folder), wandb (offline unless you are
+    logged in), trackio."""
+    project: str = "fastpost"
+    """Project of the run in wandb and trackio."""
+    samples: int | list[str] = 0
+    """Answers to watch while training, into samples.jsonl: to so many held-out prompts, or to these user messages."""
+    sample_every: int = 0
+    """Sample each so many steps; 0 = whenever data.eval is evaluated. Always before the first and after the last
+    step."""
+    sample_tokens: int = 64
+    """Longest sampled answer in tokens."""
 
 
 @dataclass
@@ -221,14 +233,26 @@ def _set(cfg: Config, name: str, text: str, flag: str) -> None:
         raise ValueError(f"command line: unknown option {flag}.{hint}")
     section = getattr(cfg, group)
     if group == "objective" and key != "name":
-        cfg.objective.fields[key] = plain(yaml.load(text, Loader=Loader))
+        cfg.objective.fields[key] = plain(_yaml(text, flag))
         return
     hints = typing.get_type_hints(type(section))
     if key not in hints:
         raise ValueError(f"command line: unknown option {flag}.{suggest(name, field_names())}")
     # A plain string is taken as typed: `--model.path 007` or `--train.output_dir yes` need no quotes inside quotes.
-    value = text if hints[key] is str else yaml.load(text, Loader=Loader)
+    value = text if hints[key] is str else _yaml(text, flag)
     setattr(section, key, convert(value, hints[key], f"--{name}", "command line"))
+
+
+def _yaml(text: str, flag: str) -> Any:
+    try:
+        return yaml.load(text, Loader=Loader)
+    except (yaml.YAMLError, ValueError):
+        if not text.lstrip().startswith(("[", "{")):  # a sentence with a colon, say: it is what it looks like
+            return text
+        raise ValueError(
+            f"command line: {flag}: expected a YAML list or mapping, got {text!r}. Put quotes around its strings, "
+            """as in '["What is 2 + 2?"]'."""
+        ) from None
 
 
 def help_text() -> str:
@@ -270,6 +294,7 @@ def _check(cfg: Config, where: str) -> None:
         "data.max_length": 2, "data.max_prompt_length": 1, "data.limit": 1, "data.eval_limit": 1, "train.epochs": 1,
         "train.max_steps": 1, "train.batch_size": 1, "train.max_tokens_per_micro_batch": 1, "train.micro_batch_size": 1,
         "train.save_every": 0, "train.keep_latest": 1, "train.eval_every": 0, "train.threads": 1, "log.every": 1,
+        "log.sample_every": 0, "log.sample_tokens": 1,
         "optim.lr": 0, "optim.warmup_ratio": 0, "optim.warmup_steps": 0, "optim.min_lr_ratio": 0, "optim.eps": 0,
         "optim.weight_decay": 0, "optim.max_grad_norm": 0,
     }  # fmt: skip
@@ -290,3 +315,7 @@ def _check(cfg: Config, where: str) -> None:
             f"{where}: data.share_prompt: attention '{cfg.model.attention}' cannot share the prompt of a pair. Set "
             "data.share_prompt to false, or model.attention to packed."
         )
+    if isinstance(cfg.log.samples, int) and (cfg.log.samples < 0 or (cfg.log.samples and not cfg.data.eval)):
+        what = "a number of prompts from data.eval, which is not set" if cfg.log.samples > 0 else "at least 0"
+        raise ValueError(f"{where}: log.samples: expected {what}, got {cfg.log.samples}. Set data.eval, or give a list "
+                         "of user messages to answer.")  # fmt: skip

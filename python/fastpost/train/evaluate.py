@@ -19,6 +19,7 @@ from .device import pick_device
 from .forward import forward, lengths
 from .metrics import Sums, add_output
 from .optim import COMPUTE_DTYPE
+from .progress import progress
 
 
 @torch.no_grad()
@@ -70,4 +71,6 @@ def evaluate_config(cfg: Config, path: Path | None = None) -> dict[str, float]:
         frozen = load(cfg.model.path if source == "start" else source)
         reference.fill(data, reference.logprobs(frozen, data, parts))
         del frozen
-    return evaluate(load(path or cfg.model.path), objective, map(data.batch, parts))
+    return evaluate(
+        load(path or cfg.model.path), objective, map(data.batch, progress(parts, "evaluate", unit="batches"))
+    )

@@ -15,7 +15,7 @@ from fastpost import objectives
 from fastpost.data.loader import Dataset, load_dataset
 from fastpost.hf import folder
 
-from . import checkpoint, plot, reference
+from . import checkpoint, plot, reference, sinks
 from .config import Config
 from .device import pick_device
 from .evaluate import evaluate
@@ -24,7 +24,9 @@ from .forward import load_policy, schedule, wider_than_bf16
 from .metrics import RunLog, peak_memory_gb
 from .optim import COMPUTE_DTYPE, AdamW
 from .plan import Plan
+from .progress import progress, waiting
 from .run_folder import RunFolder
+from .samples import Samples
 from .step import train_step
 
 
@@ -53,9 +55,12 @@ def _train(cfg: Config, run: RunFolder) -> None:
     torch.manual_seed(cfg.train.seed)
 
     # What can be wrong with settings and data is found before any weight is read.
+    sinks.check(cfg.log.to)
     objective = objectives.from_name(cfg.objective.name, **cfg.objective.fields)
     source = reference.source(cfg.model.reference, objective)
-    data = load_data(cfg, objective, source)
+    tokenizer = folder.load_tokenizer(cfg.model.path)
+    data = load_data(cfg, tokenizer, objective, source)
+    samples = Samples(cfg.log, tokenizer, data["eval"].examples if "eval" in data else [])
     plan = Plan(cfg, data["train"])
     parts = {"train": plan.first_epoch()}
     if "eval" in data:
@@ -81,11 +86,17 @@ def _train(cfg: Config, run: RunFolder) -> None:
     seen = sum(map(plan.tokens, range(start)))
     peak = peak_flops(device, compute)
 
-    with RunLog(run.path, finished=start, total=plan.steps, every=cfg.log.every) as log:
+    trackers = sinks.Sinks(cfg, run.path)
+    with RunLog(run.path, finished=start, total=plan.steps, every=cfg.log.every, sinks=trackers) as log:
 
         def held_out(step: int) -> None:
             if "eval" in data:
-                log.evaluation(step, evaluate(model, objective, map(data["eval"].batch, parts["eval"])))
+                batches = map(data["eval"].batch, progress(parts["eval"], "evaluate", unit="batches"))
+                log.evaluation(step, evaluate(model, objective, batches))
+
+        def sample(step: int) -> None:
+            if samples:
+                log.samples(step, samples.answer(model))
 
         if newest:
             log.say(f"resume from {newest}")
@@ -93,6 +104,7 @@ def _train(cfg: Config, run: RunFolder) -> None:
             if cfg.train.save_every and (warning := checkpoint.space_warning(run.path, model, optimizer)):
                 log.say(warning)
             held_out(0)
+            sample(0)
         model.train()
 
         for step in range(start, plan.steps):
@@ -122,9 +134,12 @@ def _train(cfg: Config, run: RunFolder) -> None:
             last = step + 1 == plan.steps
             if last or _due(step + 1, cfg.train.eval_every):
                 held_out(step + 1)
+            if last or _due(step + 1, cfg.log.sample_every or cfg.train.eval_every):
+                sample(step + 1)
             if not last and _due(step + 1, cfg.train.save_every):
                 log.sync()
-                checkpoint.save(run.checkpoints, step + 1, model, optimizer, keep=cfg.train.keep_latest)
+                with waiting("save checkpoint"):
+                    checkpoint.save(run.checkpoints, step + 1, model, optimizer, keep=cfg.train.keep_latest)
 
     if wider_than_bf16(Path(cfg.model.path)):
         optimizer.widen()
@@ -146,9 +161,8 @@ def _due(finished: int, every: int) -> bool:
     return every > 0 and finished % every == 0
 
 
-def load_data(cfg: Config, objective, source: str) -> dict[str, Dataset]:
+def load_data(cfg: Config, tokenizer, objective, source: str) -> dict[str, Dataset]:
     """{"train": ..., "eval": ...} (eval when there is one), with one printed line on what was kept of each."""
-    tokenizer = folder.load_tokenizer(cfg.model.path)
     paths = {"train": cfg.data.train} | ({"eval": cfg.data.eval} if cfg.data.eval else {})
     data = {}
     for name, path in paths.items():

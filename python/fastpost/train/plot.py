@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .metrics import read
+from .jsonl import read
 
 PANELS = (
     ("loss", "loss"),

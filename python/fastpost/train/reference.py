@@ -17,6 +17,7 @@ from fastpost.data.loader import Dataset
 from fastpost.objectives import SFT
 
 from .forward import forward
+from .progress import progress
 
 
 def source(reference: str, objective) -> str:
@@ -81,7 +82,7 @@ def logprobs(model: torch.nn.Module, dataset: Dataset, parts: list[list[int]]) -
     device = next(model.parameters()).device
     model.eval()
     out = torch.full((len(dataset), len(dataset.examples[0].sequences)), torch.nan)
-    for part in parts:
+    for part in progress(parts, "reference log-probs", unit="batches"):
         logprob = forward(model, dataset.batch(part).to(device), SFT()).logprob
         out[part] = logprob.float().cpu().view(len(part), -1)
     return out

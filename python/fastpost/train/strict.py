@@ -79,7 +79,13 @@ def convert(value: Any, kind: Any, name: str, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None or value in ("none", "None"):  # YAML's own word is null, but Python's is what people type
             return None
-        return convert(value, next(a for a in args if a is not type(None)), name, where)
+        kinds = [a for a in args if a is not type(None)]
+        for choice in kinds:
+            try:
+                return convert(value, choice, name, where)
+            except ValueError:
+                if len(kinds) == 1:
+                    raise
     if kind is Any:
         return plain(value)
     if kind is str and value is None:  # "path:" left open in a recipe
@@ -95,6 +101,10 @@ def convert(value: Any, kind: Any, name: str, where: str) -> Any:
             return {
                 convert(k, args[0], name, where): convert(v, args[1], f"{name}.{k}", where) for k, v in value.items()
             }
+    elif origin is list:  # one alone may stand without brackets
+        values = value if isinstance(value, (list, tuple)) else [] if value in (None, "", "none", "None") else [value]
+        if not isinstance(value, dict):
+            return [convert(v, args[0], f"{name}[{i}]", where) for i, v in enumerate(values)]
     elif origin is tuple:
         if isinstance(value, (list, tuple)) and len(value) == len(args):
             return tuple(convert(v, a, f"{name}[{i}]", where) for i, (v, a) in enumerate(zip(value, args, strict=True)))
@@ -108,7 +118,7 @@ def convert(value: Any, kind: Any, name: str, where: str) -> Any:
             value = int(value)
         if isinstance(value, int) and not isinstance(value, bool):
             return value
-    elif isinstance(value, kind):  # str and bool as they are
+    elif origin is None and isinstance(value, kind):  # str and bool as they are
         return value
     raise ValueError(f"{where}: {name}: expected {_type_name(kind)}, got {_kind(value)} {value!r}.")
 
@@ -142,6 +152,11 @@ def _kind(value: Any) -> str:
 
 def _type_name(kind: Any) -> str:
     kinds = {float: "a number", int: "a whole number", str: "a string", bool: "true or false", dict: "a mapping"}
-    if typing.get_origin(kind) is tuple:
-        return f"a list of {len(typing.get_args(kind))} numbers"
-    return kinds.get(typing.get_origin(kind) or kind, str(kind))
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_name(a) for a in args if a is not type(None))
+    if origin is tuple:
+        return f"a list of {len(args)} numbers"
+    if origin is list:
+        return f"a list of {'strings' if args[0] is str else 'names'}"
+    return kinds.get(origin or kind, str(kind))
