@@ -140,6 +140,27 @@ def test_a_resumed_run_is_the_same_run_and_sends_each_step_once(tmp_path, monkey
     assert fakes["finish"] == [(kind, code) for code in codes]
 
 
+def test_trackio_gets_what_a_kill_made_it_lose(tmp_path, monkeypatch, fakes):
+    """It writes from a thread, half a second late: its own count of steps says what is missing."""
+    cfg = interrupted(tmp_path, monkeypatch, "--log.to", "trackio")
+    fakes["log"][:] = [entry for entry in fakes["log"] if entry[1] <= 1]  # the rest never arrived
+    init = fakes["trackio"].init
+
+    def resumed(**options):
+        run = init(**options)
+        run._next_step = 2
+        return run
+
+    fakes["trackio"].init = resumed
+    train(cfg)
+    rows = jsonl.read(tmp_path / "run/metrics.jsonl")
+    assert [(s, "train/loss" in v) for _, s, v in fakes["log"]] == [(r["step"], "loss" in r) for r in rows]
+    assert [v["train/loss"] for _, _, v in fakes["log"] if "train/loss" in v] == [
+        r["loss"] for r in rows if "loss" in r
+    ]
+    assert all("train/tps" in v for _, _, v in fakes["log"] if "train/loss" in v)
+
+
 def test_two_folders_of_one_name_are_two_runs(tmp_path, fakes):
     for place in ("a", "b"):
         train(runs.recipe(tmp_path, "--log.to", "trackio", "--train.output_dir", str(tmp_path / place / "run"),

@@ -119,6 +119,8 @@ class RunLog:
         """Put the lines on the disk, before a checkpoint that relies on them."""
         for file in self._files.values():
             os.fsync(file.fileno())
+        if self._sinks is not None:
+            self._sinks.sync()
 
     def __enter__(self) -> RunLog:
         return self

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from .checkpoint import replace_text
 from .config import Config, dump, to_dict
+from .jsonl import read
 
 
 def check(to: list[str]) -> None:
@@ -57,7 +58,18 @@ class Sinks:
                 self._try(name, lambda name=name: self._start(name, identity, finished))
 
     def _start(self, name: str, identity: dict[str, str], finished: int) -> None:
-        self._open[name] = KINDS[name](self.cfg, self.run, identity, finished)
+        sink = self._open[name] = KINDS[name](self.cfg, self.run, identity, finished)
+        if isinstance(sink, Trackio):  # the one that says what it has and may have lost something
+            timing = {row["step"]: row for row in read(self.run / "timing.jsonl")}
+            for row in read(self.run / "metrics.jsonl"):
+                if row["step"] > sink.has:
+                    sink.log(row["step"], full_names(row, timing.get(row["step"], {})))
+
+    def sync(self) -> None:
+        """Before a checkpoint: what was logged until now must not get lost."""
+        for name, sink in list(self._open.items()):
+            if isinstance(sink, TensorBoard):
+                self._try(name, sink.writer.flush)
 
     def log(self, step: int, values: dict) -> None:
         """Numbers by their full names at `step`; other values are left out."""
@@ -80,6 +92,13 @@ class Sinks:
             self._open.pop(name, None)
             what = f"{type(error).__name__}: {error}"
             print(f"WARNING: {name} failed and is left out from here on: {what}", file=sys.stderr, flush=True)
+
+
+def full_names(row: dict, timing: dict) -> dict[str, float]:
+    """A line of metrics.jsonl, and of timing.jsonl for the same step, under the names that trackers get."""
+    if any(name.startswith("eval_") for name in row):
+        return {f"eval/{name[5:]}": value for name, value in row.items() if name != "step"}
+    return {f"train/{name}": value for name, value in (row | timing).items() if name != "step" and value is not None}
 
 
 def _identity(run: Path) -> dict[str, str]:
@@ -128,7 +147,7 @@ class Wandb:
             project=cfg.log.project, id=identity["id"], name=identity["name"], resume="allow", mode=mode, dir=str(run),
             config=to_dict(cfg), settings=wandb.Settings(console="off"),
         )  # fmt: skip
-        # Offline it does not know what it had; its own process has received all that was logged, whatever became of us.
+        # Offline it does not know what it had. (A kill can cost it the last rows, which it keeps in memory for a while.)
         self.has = self.run.step - 1 if getattr(self.run, "resumed", False) else sys.maxsize
 
     def log(self, step: int, values: dict) -> None:
