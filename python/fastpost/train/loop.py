@@ -19,7 +19,7 @@ from . import checkpoint, plot, reference, sinks
 from .config import Config
 from .device import pick_device
 from .evaluate import evaluate
-from .flops import peak_flops, step_flops
+from .flops import Flops, peak_flops
 from .forward import load_policy, schedule, wider_than_bf16
 from .metrics import RunLog, peak_memory_gb
 from .optim import COMPUTE_DTYPE, AdamW
@@ -84,7 +84,7 @@ def _train(cfg: Config, run: RunFolder) -> None:
     newest = checkpoint.latest(run.checkpoints)
     start = checkpoint.load(newest, model, optimizer) if newest else 0
     seen = sum(map(plan.tokens, range(start)))
-    peak = peak_flops(device, compute)
+    flops, peak = Flops(model), peak_flops(device, compute)
 
     trackers = sinks.Sinks(cfg, run.path)
     with RunLog(run.path, finished=start, total=plan.steps, every=cfg.log.every, sinks=trackers) as log:
@@ -122,7 +122,7 @@ def _train(cfg: Config, run: RunFolder) -> None:
             timing = {
                 "ms": 1e3 * seconds,
                 "tps": tokens / seconds,
-                "mfu": step_flops(model, batches) / seconds / peak if peak else None,
+                "mfu": flops(batches) / seconds / peak if peak else None,
                 "memory/peak_gb": peak_memory_gb(device),
                 "data_wait": (ready - begin) / seconds,
             }

@@ -147,7 +147,7 @@ class Wandb:
             project=cfg.log.project, id=identity["id"], name=identity["name"], resume="allow", mode=mode, dir=str(run),
             config=to_dict(cfg), settings=wandb.Settings(console="off"),
         )  # fmt: skip
-        # Offline it does not know what it had. (A kill can cost it the last rows, which it keeps in memory for a while.)
+        # Offline it does not know what it had. (A kill can cost it the last rows, which it keeps in memory.)
         self.has = self.run.step - 1 if getattr(self.run, "resumed", False) else sys.maxsize
 
     def log(self, step: int, values: dict) -> None:
