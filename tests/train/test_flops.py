@@ -79,7 +79,7 @@ def test_frozen_parts_and_adapters():
     # judges by order alone and may be off by them.
     slack = 2 * 32 * (32 + 16 + 16 + 3 * 4) * b.tokens
     assert abs(per_token * b.tokens + per_scored * b.scored - seen) <= slack
-    assert per_token < 0.75 * whole  # 4 instead of 6 for what is frozen
+    assert per_token < 0.9 * whole  # 4 instead of 6 for what is frozen, and the adapters on top
 
 
 def counted_peft(model, b):
