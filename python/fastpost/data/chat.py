@@ -55,7 +55,9 @@ class Chat:
             if message["role"] != "assistant" or k < first:
                 continue
             if k == 0:
-                raise ValueError("the conversation begins with the assistant, so there is no prompt to answer.")
+                raise ValueError(
+                    "the conversation begins with the assistant, so there is no prompt to answer. Add a user turn."
+                )
             before, after = self.text(messages[:k], generate=True), self.text(messages[: k + 1])
             if not after.startswith(before):
                 raise ValueError(
@@ -68,7 +70,7 @@ class Chat:
             parts += [Part(before[len(done) :], False), Part(reply, True)]
             done = after
         if not parts:
-            raise ValueError("the conversation has no assistant turn to train.")
+            raise ValueError("the conversation has no assistant turn to train. Drop the row, or add the reply.")
         whole = self.text(messages) if mask == "full" else done
         return parts + ([Part(whole[len(done) :], False)] if len(whole) > len(done) else [])
 
@@ -122,7 +124,10 @@ def _pair(row: Row, chat: Chat, as_chat: bool, mask: str) -> list[list[Part]]:
             raise ValueError("data.format chat needs a column 'prompt' to be the user's message.")
         prompt = _shared(row.values["chosen"], row.values["rejected"], chosen)
         if chosen and not prompt:
-            raise ValueError("no column 'prompt', and chosen and rejected share no first message to be the prompt.")
+            raise ValueError(
+                "no column 'prompt', and chosen and rejected share no first message to be the prompt. Add the column, "
+                "or begin both with the user's message."
+            )
         cut = len(prompt)
         values = {
             **row.values,
@@ -153,7 +158,8 @@ def _answer(row: Row, column: str, chat: Chat, as_chat: bool, mask: str) -> list
         prompt, answer = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": answer}]
     if answer[0]["role"] != "assistant":
         raise ValueError(
-            f"column '{column}' begins with role '{answer[0]['role']}'; expected the assistant's reply to the prompt."
+            f"column '{column}' begins with role '{answer[0]['role']}'; expected the assistant's reply to the prompt. "
+            "Move what comes before it into 'prompt'."
         )
     return chat.render(prompt + answer, first=len(prompt), mask=mask)
 

@@ -105,6 +105,12 @@ def load_dataset(
     ("reference_logprob"). Rows with nothing left to train are dropped and counted; a row that is wrong is a ValueError
     with file and line."""
     path = str(path or cfg.train)
+    if not os.path.isfile(os.path.expanduser(path)):
+        name = "data.eval" if path == cfg.eval and path != cfg.train else "data.train"
+        raise ValueError(
+            f"[data] {name}: expected a .jsonl, .json or .parquet file, got {path}, and there is no such file. Correct "
+            f"the path, or pass --{name} FILE."
+        )
     limit = cfg.eval_limit if path == cfg.eval and path != cfg.train else cfg.limit
     if objective is not None:
         require += ("previous_logprob",) * objective.needs_previous + ("reward",) * objective.needs_reward
@@ -133,7 +139,8 @@ def load_dataset(
             else:
                 examples.append(Example(row.index, sequences, **values))
     if not examples:
-        raise ValueError(f"{path}: every row was dropped: {report.line()}. Look at it with `fastpost data`.")
+        raise ValueError(f"{path}: every row was dropped: {report.line()}. Raise data.max_length or correct the rows; "
+                         "`fastpost data` shows them.")  # fmt: skip
     _account(report, examples, encoder)
     return Dataset(examples, report, cfg.share_prompt)
 
@@ -172,7 +179,8 @@ def _numbers(row: Row, paired: bool, require: tuple[str, ...]) -> dict:
         if found[name] is None:
             columns = NUMBERS[name][1:] if paired else NUMBERS[name][:1]
             raise ValueError(
-                f"{row.where}: column '{columns[0][0]}' is missing (the row has: {', '.join(row.values)})."
+                f"{row.where}: column '{columns[0][0]}' is missing (the row has: {', '.join(row.values)}). "
+                f"{'Set model.reference to start, or add' if name == 'reference_logprob' else 'Add'} the column."
             )
     return found
 

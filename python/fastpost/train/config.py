@@ -170,8 +170,15 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """Read a recipe and apply overrides (`["--optim.lr", "5e-7"]`). Raises ValueError that names file, key and
     remedy."""
     path = Path(path)
+    if str(path).startswith("--"):
+        raise ValueError(f"command line: expected a recipe first, got {path}. Write RECIPE {path} ...")
+    if path.is_dir():
+        raise ValueError(f"{path}: expected a recipe, got a folder. Give a YAML file; a run's is {path}/config.yaml.")
     if not path.is_file():
-        raise ValueError(f"{path}: no such recipe. `fastpost recipes ls` lists those that come with fastpost.")
+        raise ValueError(
+            f"{path}: no such recipe. Expected a YAML file, got no file of that name. `fastpost recipes ls` lists "
+            "those that come with fastpost."
+        )
     cfg = from_dict(read_yaml(path, names(Config)), where=str(path))
     _apply(cfg, list(overrides))
     cfg.train.output_dir = cfg.train.output_dir or f"runs/{path.stem}"
@@ -215,11 +222,13 @@ def _apply(cfg: Config, args: list[str]) -> None:
     while position < len(args):
         flag, equals, text = args[position].partition("=")
         if not flag.startswith("--"):
-            raise ValueError(f"command line: expected --group.key, got {flag!r}.")
+            raise ValueError(
+                f"command line: expected --group.key, got {flag!r}. Write --{flag} VALUE, or --help for the names."
+            )
         if not equals:
             position += 1
             if position == len(args):
-                raise ValueError(f"command line: {flag} has no value. Write {flag} VALUE.")
+                raise ValueError(f"command line: {flag}: expected a value, got nothing. Write {flag} VALUE.")
             text = args[position]
         position += 1
         _set(cfg, flag[2:].replace("-", "_"), text, flag)
@@ -302,18 +311,22 @@ def _check(cfg: Config, where: str) -> None:
         group, key = name.split(".")
         value = getattr(getattr(cfg, group), key)
         if value is not None and not value >= least:  # written so that NaN fails too
-            raise ValueError(f"{where}: {name}: expected at least {least}, got {value}.")
+            raise ValueError(f"{where}: {name}: expected at least {least}, got {value}. Set it to that or more.")
     if cfg.optim.warmup_ratio > 1:
-        raise ValueError(f"{where}: optim.warmup_ratio: expected a share from 0 to 1, got {cfg.optim.warmup_ratio}.")
+        raise ValueError(
+            f"{where}: optim.warmup_ratio: expected a share from 0 to 1, got {cfg.optim.warmup_ratio}. For a number of "
+            "steps there is optim.warmup_steps."
+        )
     if cfg.data.max_prompt_length is not None and cfg.data.max_prompt_length >= cfg.data.max_length:
         raise ValueError(
             f"{where}: data.max_prompt_length: expected less than data.max_length ({cfg.data.max_length}), "
-            f"got {cfg.data.max_prompt_length}. A prompt that fills the row leaves nothing to train."
+            f"got {cfg.data.max_prompt_length}. A prompt that fills the row leaves nothing to train. Lower "
+            "it, or raise data.max_length."
         )
     if cfg.data.share_prompt and cfg.model.attention != "packed":
         raise ValueError(
-            f"{where}: data.share_prompt: attention '{cfg.model.attention}' cannot share the prompt of a pair. Set "
-            "data.share_prompt to false, or model.attention to packed."
+            f"{where}: data.share_prompt: expected false with attention '{cfg.model.attention}', which cannot share "
+            "the prompt of a pair, got true. Set data.share_prompt to false, or model.attention to packed."
         )
     if isinstance(cfg.log.samples, int) and (cfg.log.samples < 0 or (cfg.log.samples and not cfg.data.eval)):
         what = "a number of prompts from data.eval, which is not set" if cfg.log.samples > 0 else "at least 0"

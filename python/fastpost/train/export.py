@@ -24,7 +24,10 @@ def export(run: Path, out: Path, *, step: int | None = None, dtype: str | None =
     exact. Raises ValueError when there is no such run or checkpoint, or `out` is not empty.
     """
     if not (run / "config.yaml").is_file():
-        raise ValueError(f"[export] {run}: expected a run folder with config.yaml, found none.")
+        raise ValueError(
+            f"[export] {run}: expected a run folder with config.yaml, found none. Give the folder that "
+            "`fastpost train` wrote."
+        )
     cfg = load_config(run / "config.yaml")
     kind = DTYPES[dtype] if dtype else None
     if step is None and (run / "model").is_dir():
@@ -32,10 +35,12 @@ def export(run: Path, out: Path, *, step: int | None = None, dtype: str | None =
         return folder.save_folder(model, run / "model", out, kind)
     found = {int(p.name[5:]): p for p in checkpoint.checkpoints(run / "checkpoints")}
     if not found:
-        raise ValueError(f"[export] {run}: has no model/ and no checkpoint yet.")
+        raise ValueError(f"[export] {run}: expected a model/ or a checkpoint, found neither yet. Let it train to one.")
     step = max(found) if step is None else step
     if step not in found:
-        raise ValueError(f"[export] --step: expected one of {', '.join(map(str, sorted(found)))}, got {step}.")
+        raise ValueError(
+            f"[export] --step: expected one of {', '.join(map(str, sorted(found)))}, got {step}. Choose one of these."
+        )
     model = load_policy(cfg, torch.device("cpu"))
     optimizer = AdamW(model, precision=cfg.optim.precision)
     checkpoint.load(found[step], model, optimizer)
