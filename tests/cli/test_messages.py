@@ -304,3 +304,26 @@ def test_message(desk, capsys, monkeypatch, mistake):
     missing = {part: text for part in ("where", "what", "got", "do") if (text := getattr(mistake, part)) not in err}
     assert not missing, f"{missing} not in: {err}"
     assert message.rstrip()[-1] in ".?)'…" or mistake.do in message
+
+
+def test_out_of_gpu_memory_is_a_sentence(desk, capsys, monkeypatch):
+    from fastpost.train import loop
+
+    def full(cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(loop, "train", full)
+    assert main([*TRAIN]) == 1
+    err = capsys.readouterr().err
+    assert "Tried to allocate 2.00 GiB. Lower train.max_tokens_per_micro_batch" in err and "more" not in err
+
+
+def test_a_file_that_cannot_be_written(desk, capsys, monkeypatch):
+    from fastpost.cli import recipes
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied", "simpo.yaml")
+
+    monkeypatch.setattr(recipes, "open", refused, raising=False)
+    assert main(["recipes", "cp", "simpo"]) == 1
+    assert capsys.readouterr().err == "fastpost: [Errno 13] Permission denied: 'simpo.yaml'\n"

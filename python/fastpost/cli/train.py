@@ -36,6 +36,8 @@ def main(argv: list[str]) -> int:
         raise ValueError("train: --dry-run: expected a recipe, got none. Write: fastpost train RECIPE --dry-run")
     cfg = load_config(argv[0], argv[1:])
 
+    import torch
+
     from fastpost.cli import fail
     from fastpost.train.step import NotFinite
 
@@ -52,4 +54,11 @@ def main(argv: list[str]) -> int:
         if os.environ.get("FASTPOST_TRACEBACK"):
             raise
         return fail(str(error), 1)
+    except torch.OutOfMemoryError as error:
+        if os.environ.get("FASTPOST_TRACEBACK"):
+            raise
+        said = str(error).splitlines()[0]
+        return fail(f"[train] GPU memory: expected room for a step, got none: {said} Lower "
+                    "train.max_tokens_per_micro_batch, or set train.gradient_checkpointing full; --dry-run says where "
+                    "memory goes.", 1)  # fmt: skip
     return 0
