@@ -32,8 +32,10 @@ def imports(*argv: str) -> tuple[float, set[str]]:
     return seconds, set(done.stdout.strip().splitlines()[-1].removeprefix("heavy:").split())
 
 
-HELP = [["--help"], ["train", "--help"], ["data", "--help"], ["eval", "--help"], ["recipes", "--help"], ["recipes", "ls"],
-        ["--version"], ["train"]]  # fmt: skip
+HELP = [
+    line.split()
+    for line in ("--help", "train --help", "data --help", "eval --help", "recipes ls", "--version", "train")
+]
 
 
 @pytest.mark.parametrize("argv", HELP, ids=" ".join)

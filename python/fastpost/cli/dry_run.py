@@ -151,8 +151,6 @@ def fake_step(cfg, objective, data: Dataset, rows: list[int], most: int, expecte
     ]
     if held is not None:
         used = memory.peak(device)
-        if device.type == "cpu":  # zeros of the optimizer are no memory until the first update writes them
-            used += sum(t.nbytes for name, t in optimizer.tensors() if name.startswith("exp_avg"))
         several = f", of {most} micro-batches" if most > 1 else ""
         lines.append(f"memory  {used / 1e9:.2f} GB measured (one micro-batch), {expected.total / 1e9:.2f} GB estimated "
                      f"(a step{several})")  # fmt: skip
