@@ -33,7 +33,11 @@ def test_verb_help_needs_no_torch():
 
 
 def test_verbs_that_do_not_exist(capsys):
-    assert run(capsys, "quantize", "x") == (2, "", "fastpost: quantize is not in this version yet.\n")
+    assert run(capsys, "quantize", "x") == (
+        2,
+        "",
+        "fastpost: quantize is not in this version yet. `fastpost --help` lists the verbs that are.\n",
+    )
     assert run(capsys, "trian") == (2, "", "fastpost: there is no verb 'trian'. Did you mean 'train'?\n")
     status, _, err = run(capsys, "zzz")
     assert status == 2 and "Known: train, data, eval" in err
@@ -41,7 +45,11 @@ def test_verbs_that_do_not_exist(capsys):
 
 def test_a_verb_without_a_module_says_so(capsys, monkeypatch):
     monkeypatch.setitem(cli.VERBS, "plot", ("fastpost.cli.no_such_module", "", ""))
-    assert run(capsys, "plot") == (2, "", "fastpost: plot is not in this version yet.\n")
+    assert run(capsys, "plot") == (
+        2,
+        "",
+        "fastpost: plot is not in this version yet. `fastpost --help` lists the verbs that are.\n",
+    )
 
 
 def test_users_mistakes_have_no_traceback(capsys, monkeypatch, tmp_path):

@@ -19,7 +19,10 @@ def test_ls_and_cp(capsys, tmp_path, monkeypatch):
     capsys.readouterr()
     (tmp_path / "simpo.yaml").write_text("edited")
     assert cli.main(["recipes", "cp", "simpo"]) == 1
-    assert capsys.readouterr().err == "fastpost: simpo.yaml exists already and is not overwritten. Name another file.\n"
+    assert capsys.readouterr().err == (
+        "fastpost: simpo.yaml: expected a new file, got one that exists already and is not overwritten. "
+        "Name another file.\n"
+    )
     assert (tmp_path / "simpo.yaml").read_text() == "edited"
     assert cli.main(["recipes", "cp", "simppo"]) == 1
     assert "there is no recipe 'simppo'. Did you mean 'simpo'?" in capsys.readouterr().err

@@ -22,7 +22,7 @@ def test_broken_line_is_named_by_number(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "a"}\n\n{"text": "b"\n{"text": "c"}\n')
     text = message(read_rows, path)
-    assert text.startswith(f"{path}:3: broken JSON (character ") and "Correct or remove it." in text
+    assert text.startswith(f"{path}:3: expected JSON, got broken JSON (character ") and "Correct or remove it." in text
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,10 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "e.jsonl").write_text("\n")
     (tmp_path / "o.json").write_text('{"text": "a"}')
     assert "expected a file named .jsonl, .json or .parquet, got '.csv'" in message(read_rows, tmp_path / "d.csv")
-    assert message(read_rows, tmp_path / "none.jsonl").endswith("no such data file.")
-    assert message(read_rows, tmp_path / "e.jsonl").endswith("no rows.")
+    assert message(read_rows, tmp_path / "none.jsonl").endswith("got no such file. Check the path.")
+    assert message(read_rows, tmp_path / "e.jsonl").endswith(
+        "expected rows, got no rows. Write one object a line, or name another file."
+    )
     assert "expected a list of rows, got dict" in message(read_rows, tmp_path / "o.json")
 
 
@@ -88,7 +90,8 @@ def test_types_by_columns():
 
 def test_missing_column_names_line_and_columns():
     assert message(need, row(chosen="a"), ("chosen", "rejected")) == (
-        "f.jsonl:1: column 'rejected' is missing (the row has: chosen)."
+        "f.jsonl:1: column 'rejected' is missing (the row has: chosen). Rename another with data.columns, "
+        "or drop the row."
     )
     assert "is null" in message(need, row(chosen=None), ("chosen",))
 

@@ -157,7 +157,7 @@ def test_folders_that_are_none(tmp_path, source):
     with pytest.raises(ValueError, match=r"ORG/NAME: no such folder\. .*hf download"):
         load_model("ORG/NAME")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty: no config\.json"):
+    with pytest.raises(ValueError, match=r"empty: expected .* found no config\.json"):
         load_tokenizer(tmp_path / "empty")
     adapter = tmp_path / "adapter"
     shutil.copytree(source, adapter)

@@ -53,17 +53,51 @@ def test_numbers_without_a_dot_are_floats(recipe):
 @pytest.mark.parametrize(
     "yaml_text, expected",
     [
-        ("optim: {lr: fast}", "optim.lr: expected a number, got a string 'fast'."),
-        ("optim: {lr: true}", "optim.lr: expected a number, got a truth value True."),
-        ("optim: {betas: [0.9]}", "optim.betas: expected a list of 2 numbers, got a list [0.9]."),
-        ("optim: {betas: [0.9, x]}", "optim.betas[1]: expected a number, got a string 'x'."),
-        ("train: {batch_size: 1.5}", "train.batch_size: expected a whole number, got a number (float) 1.5."),
-        ("log: {plot: 1}", "log.plot: expected true or false, got a number (int) 1."),
-        ("train: [1]", "train: expected a group of keys, got a list."),
-        ("train: {batch_size: 0}", "train.batch_size: expected at least 1, got 0."),
-        ("optim: {lr: .nan}", "optim.lr: expected at least 0, got nan."),
-        ("optim: {warmup_ratio: 3}", "optim.warmup_ratio: expected a share from 0 to 1, got 3.0."),
-        ("optim: {stable_ratio: 90}", "optim.stable_ratio: expected a share from 0 to 1, got 90.0."),
+        (
+            "optim: {lr: fast}",
+            "optim.lr: expected a number, got a string 'fast'. Write a number such as 1e-6.",
+        ),
+        (
+            "optim: {lr: true}",
+            "optim.lr: expected a number, got a truth value True. Write a number such as 1e-6.",
+        ),
+        (
+            "optim: {betas: [0.9]}",
+            "optim.betas: expected a list of 2 numbers, got a list [0.9]. Write [0.9, 0.999].",
+        ),
+        (
+            "optim: {betas: [0.9, x]}",
+            "optim.betas[1]: expected a number, got a string 'x'. Write a number such as 1e-6.",
+        ),
+        (
+            "train: {batch_size: 1.5}",
+            "train.batch_size: expected a whole number, got a number (float) 1.5. Write a number such as 8.",
+        ),
+        (
+            "log: {plot: 1}",
+            "log.plot: expected true or false, got a number (int) 1. Write true or false.",
+        ),
+        (
+            "train: [1]",
+            "train: expected a group of keys, got a list. Write its keys below it.",
+        ),
+        (
+            "train: {batch_size: 0}",
+            "train.batch_size: expected at least 1, got 0. Set it to that or more.",
+        ),
+        (
+            "optim: {lr: .nan}",
+            "optim.lr: expected at least 0, got nan. Set it to that or more.",
+        ),
+        (
+            "optim: {warmup_ratio: 3}",
+            "optim.warmup_ratio: expected a share from 0 to 1, got 3.0. For a number of steps there is "
+            "optim.warmup_steps.",
+        ),
+        (
+            "optim: {stable_ratio: 90}",
+            "optim.stable_ratio: expected a share from 0 to 1, got 90.0. Write 0.1 for 10 %.",
+        ),
         (
             "optim: {schedule: step}",
             "optim.step_decay: expected [every, gamma] with optim.schedule step, got nothing. "
@@ -71,7 +105,7 @@ def test_numbers_without_a_dot_are_floats(recipe):
         ),
         (
             "optim: {schedule: step, step_decay: [0.85, 6212]}",
-            "optim.step_decay[0]: expected a whole number, got a number (float) 0.85.",
+            "optim.step_decay[0]: expected a whole number, got a number (float) 0.85. Write a number such as 8.",
         ),
         (
             "optim: {schedule: step, step_decay: [10, 8.5]}",
@@ -90,13 +124,22 @@ def test_numbers_without_a_dot_are_floats(recipe):
             "optim: {groups: {lm_head: 0.1}}",
             "optim.groups.lm_head: expected a mapping of lr_ratio, weight_decay, got a number (float) 0.1.",
         ),
-        ("optim: {groups: [lm_head]}", "optim.groups: expected a mapping, got a list ['lm_head']."),
+        (
+            "optim: {groups: [lm_head]}",
+            "optim.groups: expected a mapping, got a list ['lm_head']. Write {ours: theirs}.",
+        ),
         (
             "optim: {groups: {lm_head: {lr_ratio: -1}}}",
-            "optim.groups.lm_head.lr_ratio: expected at least 0, got -1.0.",
+            "optim.groups.lm_head.lr_ratio: expected at least 0, got -1.0. Set it to that or more.",
         ),
-        ("optim: {ema: 1}", "optim.ema: expected a decay between 0 and 1, e.g. 0.999, got 1.0."),
-        ("optim: {ema: 0}", "optim.ema: expected a decay between 0 and 1, e.g. 0.999, got 0.0."),
+        (
+            "optim: {ema: 1}",
+            "optim.ema: expected a decay between 0 and 1, got 1.0. Write e.g. 0.999, or none.",
+        ),
+        (
+            "optim: {ema: 0}",
+            "optim.ema: expected a decay between 0 and 1, got 0.0. Write e.g. 0.999, or none.",
+        ),
         (
             "optim: {name: adam8bit}",
             "optim.name: expected one of adamw, adamw8bit; got 'adam8bit'. Did you mean 'adamw8bit'?",
@@ -137,9 +180,9 @@ def test_missing_paths(tmp_path):
     [
         (["--optim.lrr", "1"], "unknown option --optim.lrr. Did you mean 'optim.lr'?"),
         (["--lr", "1"], "unknown option --lr. Did you mean '--optim.lr'?"),
-        (["--optim.lr"], "--optim.lr has no value. Write --optim.lr VALUE."),
-        (["--optim.lr", "fast"], "--optim.lr: expected a number, got a string 'fast'."),
-        (["lr=1"], "expected --group.key, got 'lr'."),
+        (["--optim.lr"], "--optim.lr: expected a value, got nothing. Write --optim.lr VALUE."),
+        (["--optim.lr", "fast"], "--optim.lr: expected a number, got a string 'fast'. Write a number such as 1e-6."),
+        (["lr=1"], "expected --group.key, got 'lr'. Write --lr VALUE, or --help for the names."),
     ],
 )
 def test_wrong_overrides(recipe, arguments, expected):
@@ -203,5 +246,8 @@ def test_reading_a_recipe_needs_no_torch(recipe):
 
 def test_only_packed_attention_shares_a_prompt(recipe):
     path = recipe(model={"path": "m", "attention": "sdpa"})
-    assert "data.share_prompt: attention 'sdpa' cannot share the prompt of a pair. Set" in message(path)
+    assert (
+        "data.share_prompt: expected false with attention 'sdpa', which cannot share the prompt of a pair"
+        in message(path)
+    )
     load_config(path, ["--data.share_prompt", "false"])

@@ -2,8 +2,8 @@
 """The `fastpost` command: a table of verbs. A verb's module is imported when it is called, so `fastpost --help` needs
 no torch.
 
-Each module has `main(argv) -> int` (the exit status). ValueError is the user's to mend and is printed without a
-traceback; set FASTPOST_TRACEBACK=1 to see where it came from."""
+Each module has `main(argv) -> int` (the exit status). ValueError and OSError are the user's to mend and are printed
+without a traceback; set FASTPOST_TRACEBACK=1 to see where it came from."""
 
 from __future__ import annotations
 
@@ -47,22 +47,22 @@ def main(argv: list[str] | None = None) -> int:
         return fail(f"there is no verb '{verb}'. {hint}", 2)
     module = VERBS[verb][0]
     if module is None:
-        return fail(f"{verb} is not in this version yet.", 2)
+        return fail(f"{verb} is not in this version yet. `fastpost --help` lists the verbs that are.", 2)
     try:
         return importlib.import_module(module).main(rest) or 0
     except ModuleNotFoundError as error:
         if error.name == module:
-            return fail(f"{verb} is not in this version yet.", 2)
+            return fail(f"{verb} is not in this version yet. `fastpost --help` lists the verbs that are.", 2)
         if error.name in EXTRA:
             return fail(f"{verb} needs {error.name}. Install it with: pip install 'fastpost[train]'", 2)
         raise
-    except ValueError as error:
-        if os.environ.get("FASTPOST_TRACEBACK"):
-            raise
-        return fail(str(error), 1)
     except BrokenPipeError:  # `fastpost data recipe.yaml | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (ValueError, OSError) as error:  # a mistake in input, or a file that cannot be read or written
+        if os.environ.get("FASTPOST_TRACEBACK"):
+            raise
+        return fail(str(error), 1)
     except KeyboardInterrupt:
         return 130
 

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     if "--model" in argv:
         at = argv.index("--model")
         if at + 1 == len(argv):
-            raise ValueError("eval: --model has no value. Write --model FOLDER.")
+            raise ValueError("eval: --model: expected a folder, got nothing. Write --model FOLDER.")
         model = argv[at + 1]
         del argv[at : at + 2]
 

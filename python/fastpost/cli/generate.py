@@ -39,10 +39,12 @@ def main(argv: list[str]) -> int:
     prompts = args.prompts + args.prompt
     if args.file:
         prompts += read_prompts(args.file)
-    if not prompts:
+    if not prompts and not args.file:
         prompts = list(_lines(sys.stdin))
     if not prompts:
-        raise ValueError("generate: no prompt. Give one as an argument, with --file rows.jsonl, or on standard input.")
+        raise ValueError(
+            "generate: expected a prompt, got no prompt. Give one as an argument, with --file rows.jsonl, or on stdin."
+        )
     prompts = prompts[: args.limit]
 
     import torch
@@ -70,7 +72,7 @@ def main(argv: list[str]) -> int:
 def read_prompts(path: Path) -> list:
     """The 'prompt' of each row of a .jsonl file. Raises ValueError with the line for a broken row."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file.")
+        raise ValueError(f"{path}: expected a .jsonl file of prompts, got no such file. Check the path of --file.")
     prompts = []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not text.strip():
@@ -78,9 +80,15 @@ def read_prompts(path: Path) -> list:
         try:
             prompts.append(json.loads(text)["prompt"])
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not valid JSON: {error}.") from None
+            raise ValueError(
+                f"{path}:{number}: expected an object with 'prompt', got broken JSON: {error}. Correct or remove it."
+            ) from None
         except (KeyError, TypeError):
-            raise ValueError(f"{path}:{number}: expected an object with 'prompt'.") from None
+            row = json.loads(text)
+            got = f"columns {', '.join(row)}" if isinstance(row, dict) else type(row).__name__
+            raise ValueError(
+                f"{path}:{number}: expected an object with 'prompt', got {got}. Rename the column, or write it."
+            ) from None
     return prompts
 
 

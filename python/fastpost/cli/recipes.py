@@ -21,7 +21,9 @@ def main(argv: list[str]) -> int:
             print(f"{name:<12} {summary(file)}")
         return 0
     if argv[0] != "cp" or len(argv) not in (2, 3):
-        raise ValueError(f"recipes: expected ls or cp NAME [FILE], got '{' '.join(argv)}'.")
+        raise ValueError(
+            f"recipes: expected ls or cp NAME [FILE], got '{' '.join(argv)}'. `fastpost recipes ls` lists them."
+        )
     name = argv[1].removesuffix(".yaml")
     if name not in recipes():
         raise ValueError(f"recipes: there is no recipe '{name}'.{suggest(name, recipes())}")
@@ -32,7 +34,9 @@ def main(argv: list[str]) -> int:
         with open(out, "x", encoding="utf-8") as stream:
             stream.write(recipes()[name].read_text(encoding="utf-8"))
     except FileExistsError:
-        raise ValueError(f"{out} exists already and is not overwritten. Name another file.") from None
+        raise ValueError(
+            f"{out}: expected a new file, got one that exists already and is not overwritten. Name another file."
+        ) from None
     print(f"{out}: set model.path and data.train in it, then\n  fastpost data {out}\n  fastpost train {out}")
     return 0
 

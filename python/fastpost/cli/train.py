@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 USAGE = """usage: fastpost train RECIPE [--group.key VALUE ...]
+       fastpost train RECIPE --dry-run      check settings and data, estimate memory and cost, try a step; write nothing
+       fastpost train --schema              JSON schema of a recipe, for editors
 
 Trains and writes the run folder (train.output_dir, default runs/NAME-OF-RECIPE): config.yaml, metrics.jsonl,
 timing.jsonl, loss.png, checkpoints/ and model/, a Hugging Face folder. The same command resumes an interrupted run.
@@ -20,19 +23,42 @@ def main(argv: list[str]) -> int:
         print(
             USAGE
             + "\n".join(f"  --{name}" for name in field_names())
-            + "\n  --objective.FIELD of the objective, e.g. beta"
+            + "\n  --objective.FIELD of the objective, e.g. beta\n`fastpost data --help` says what each is."
         )
         return 0
+    if "--schema" in argv:
+        from fastpost.train.schema import schema
+
+        print(json.dumps(schema(), indent=2))
+        return 0
+    dry, argv = "--dry-run" in argv, [a for a in argv if a != "--dry-run"]
+    if not argv:
+        raise ValueError("train: --dry-run: expected a recipe, got none. Write: fastpost train RECIPE --dry-run")
     cfg = load_config(argv[0], argv[1:])
 
+    import torch
+
     from fastpost.cli import fail
-    from fastpost.train.loop import train
     from fastpost.train.step import NotFinite
 
     try:
-        train(cfg)
+        if dry:
+            from fastpost.cli.dry_run import dry_run
+
+            dry_run(cfg, argv[1:])
+        else:
+            from fastpost.train.loop import train
+
+            train(cfg)
     except (NotFinite, OSError) as error:  # a disk that is full or fails is nobody's bug
         if os.environ.get("FASTPOST_TRACEBACK"):
             raise
         return fail(str(error), 1)
+    except torch.OutOfMemoryError as error:
+        if os.environ.get("FASTPOST_TRACEBACK"):
+            raise
+        said = str(error).splitlines()[0]
+        return fail(f"[train] GPU memory: expected room for a step, got none: {said} Lower "
+                    "train.max_tokens_per_micro_batch, or set train.gradient_checkpointing full; --dry-run says where "
+                    "memory goes.", 1)  # fmt: skip
     return 0

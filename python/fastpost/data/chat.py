@@ -159,7 +159,10 @@ def _pair(row: Row, chat: Chat, as_chat: bool, mask: str) -> list[list[Part]]:
             raise ValueError("data.format chat needs a column 'prompt' to be the user's message.")
         prompt = _shared(row.values["chosen"], row.values["rejected"], chosen)
         if chosen and not prompt:
-            raise ValueError("no column 'prompt', and chosen and rejected share no first message to be the prompt.")
+            raise ValueError(
+                "no column 'prompt', and chosen and rejected share no first message to be the prompt. Add the column, "
+                "or begin both with the user's message."
+            )
         cut = len(prompt)
         values = {
             **row.values,
@@ -188,7 +191,8 @@ def _answer(row: Row, column: str, chat: Chat, as_chat: bool, mask: str) -> list
         prompt, answer = [{"role": "user", "content": prompt}], [_reply(answer)]
     if answer[0]["role"] != "assistant":
         raise ValueError(
-            f"column '{column}' begins with role '{answer[0]['role']}'; expected the assistant's reply to the prompt."
+            f"column '{column}' begins with role '{answer[0]['role']}'; expected the assistant's reply to the prompt. "
+            "Move what comes before it into 'prompt'."
         )
     which = turn(row)
     if which is None and column != "completion":  # a pair's dialogues part at the turn that was sampled twice

@@ -72,14 +72,14 @@ def read_rows(path: str | Path, limit: int | None = None, rename: dict[str, str]
     path, count = Path(path).expanduser(), 0
     readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
     if not path.is_file():
-        raise ValueError(f"{path}: no such data file.")
+        raise ValueError(f"{path}: expected a .jsonl, .json or .parquet file, got no such file. Check the path.")
     if path.suffix not in readers:
-        raise ValueError(f"{path}: expected a file named .jsonl, .json or .parquet, got '{path.suffix}'.")
+        raise ValueError(f"{path}: expected a file named .jsonl, .json or .parquet, got '{path.suffix}'. Convert it.")
     for where, values in readers[path.suffix](path):
         if limit is not None and count >= limit:
             return
         if not isinstance(values, dict):
-            raise ValueError(f"{where}: expected an object with columns, got {type(values).__name__}.")
+            raise ValueError(f"{where}: expected an object with columns, got {type(values).__name__}. Write {{...}}.")
         for ours, theirs in (rename or {}).items():
             if theirs not in values:
                 raise ValueError(
@@ -89,7 +89,7 @@ def read_rows(path: str | Path, limit: int | None = None, rename: dict[str, str]
         yield Row(count, where, values)
         count += 1
     if count == 0:
-        raise ValueError(f"{path}: no rows.")
+        raise ValueError(f"{path}: expected rows, got no rows. Write one object a line, or name another file.")
 
 
 def row_type(row: Row) -> str:
@@ -108,8 +108,11 @@ def need(row: Row, columns: tuple[str, ...]) -> None:
     """Raise ValueError naming file and line when a column is missing or null."""
     for column in columns:
         if row.values.get(column) is None:
-            what = "is null" if column in row.values else "is missing"
-            raise ValueError(f"{row.where}: column '{column}' {what} (the row has: {', '.join(row.values)}).")
+            null = column in row.values
+            what, do = ("is null", "Fill it in") if null else ("is missing", "Rename another with data.columns")
+            raise ValueError(
+                f"{row.where}: column '{column}' {what} (the row has: {', '.join(row.values)}). {do}, or drop the row."
+            )
 
 
 def is_chat(row: Row, column: str) -> bool:
@@ -121,11 +124,14 @@ def is_chat(row: Row, column: str) -> bool:
         for i, message in enumerate(value):
             if not isinstance(message.get("role"), str) or not ("content" in message or message.get("tool_calls")):
                 raise ValueError(
-                    f"{row.where}: {column}[{i}]: expected {{'role', 'content'}}, got keys {', '.join(message)}."
+                    f"{row.where}: {column}[{i}]: expected {{'role', 'content'}}, got keys {', '.join(message)}. "
+                    "Rename them."
                 )
         return True
     got = "an empty list" if value == [] else type(value).__name__
-    raise ValueError(f"{row.where}: column '{column}': expected a string or a list of messages, got {got}.")
+    raise ValueError(
+        f"{row.where}: column '{column}': expected a string or a list of messages, got {got}. Write one of them."
+    )
 
 
 def numbers(row: Row, paired: bool) -> dict[str, tuple[float, ...] | None]:
@@ -143,12 +149,14 @@ def numbers(row: Row, paired: bool) -> dict[str, tuple[float, ...] | None]:
         for key, names in zip(keys, wanted):
             value = row.values.get(key)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"{row.where}: column '{key or names[0]}': expected a finite number, got {value!r}.")
+                raise ValueError(
+                    f"{row.where}: column '{key or names[0]}': expected a finite number, got {value!r}. Fill it in."
+                )
         found[name] = tuple(float(row.values[k]) for k in keys)
     label = row.values.get("label")
     if not paired and label is not None:
         if not isinstance(label, bool) and label not in (0, 1):
-            raise ValueError(f"{row.where}: column 'label': expected true or false, got {label!r}.")
+            raise ValueError(f"{row.where}: column 'label': expected true or false, got {label!r}. Write it so.")
         found["reward"] = (1.0 if label else -1.0,)
     return found
 
@@ -212,7 +220,11 @@ def _parquet(path: Path) -> Iterator[tuple[str, object]]:
             f"{path}: reading parquet needs pyarrow. `pip install pyarrow`, or give a .jsonl file."
         ) from None
     index = 0
-    for batch in parquet.ParquetFile(path).iter_batches():
+    try:
+        file = parquet.ParquetFile(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: expected a parquet file, got something else ({error}). Write it again.") from None
+    for batch in file.iter_batches():
         for values in batch.to_pylist():
             yield f"{path} row {index}", {name: _dense(value) for name, value in values.items()}
             index += 1
@@ -234,7 +246,8 @@ def _parse(data: bytes, where: str):
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise ValueError(
-            f"{where}: broken JSON ({place}character {error.colno}: {error.msg}). Correct or remove it."
+            f"{where}: expected JSON, got broken JSON ({place}character {error.colno}: {error.msg}). Correct or "
+            "remove it."
         ) from None
     except UnicodeDecodeError as error:
         raise ValueError(

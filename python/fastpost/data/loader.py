@@ -130,10 +130,16 @@ def load_dataset(
     process group.
 
     objective (optional) decides which row type is wanted; `require` names stored numbers that every row must have
-    ("reference_logprob", "previous_logprob", "reward"). Rows with nothing left to train are dropped and counted; a row that is wrong is a ValueError
-    with file and line."""
+    ("reference_logprob", "previous_logprob", "reward"). Rows with nothing left to train are dropped and counted; a row
+    that is wrong is a ValueError with file and line."""
     path = path or cfg.train
     path = path if isinstance(path, list) else str(path)
+    if isinstance(path, str) and not os.path.isfile(os.path.expanduser(path)):
+        name = "data.eval" if path == cfg.eval and path != cfg.train else "data.train"
+        raise ValueError(
+            f"[data] {name}: expected a .jsonl, .json or .parquet file, got {path}, and there is no such file. Correct "
+            f"the path, or pass --{name} FILE."
+        )
     if objective is not None:
         require += ("reward",) * objective.needs_reward
     if path == cfg.train:
@@ -253,7 +259,8 @@ def _numbers(row: Row, paired: bool, require: tuple[str, ...]) -> dict:
         if found[name] is None:
             columns = NUMBERS[name][1:] if paired else NUMBERS[name][:1]
             raise ValueError(
-                f"{row.where}: column '{columns[0][0]}' is missing (the row has: {', '.join(row.values)})."
+                f"{row.where}: column '{columns[0][0]}' is missing (the row has: {', '.join(row.values)}). "
+                f"{'Set model.reference to start, or add' if name == 'reference_logprob' else 'Add'} the column."
             )
     return found
 

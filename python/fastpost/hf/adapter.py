@@ -124,6 +124,13 @@ def continued(model: torch.nn.Module, path: str | Path):
     return _fill(wrapped, tensors)
 
 
+def shaped(model: torch.nn.Module, path: Path):
+    """`model`, which may be on the meta device, with an untrained adapter like that of folder `path`."""
+    import peft
+
+    return _put_on(model, peft.LoraConfig.from_peft_type(**read_config(path) | {"inference_mode": False}))
+
+
 def moved(model, base: torch.nn.Module):
     """The adapter of `model` on `base`, another copy of its base model."""
     return _fill(_put_on(base, copy.deepcopy(model.peft_config["default"])), tensors_of(model))
@@ -137,7 +144,7 @@ def read_config(path: Path) -> dict:
         pickled = sorted(f.name for f in path.iterdir() if f.suffix in folder.PICKLED)
         found = f"{pickled[0]} is a pickle, and reading a pickle can run any code; " if pickled else ""
         raise ValueError(f"{path}: no {WEIGHTS}: {found}only safetensors is read. Save it again with peft.")
-    folder._header(path / WEIGHTS)
+    folder.header(path / WEIGHTS)
     tree = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     what = {
         "peft_type": (tree.get("peft_type") == "LORA", "LORA"),

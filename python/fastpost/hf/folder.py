@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as hf_logging
 
 from fastpost.hf import attention
 from fastpost.hf.model import verify
+from fastpost.train.progress import waiting
 
+FETCH = " Fetch it again: `hf download ORG/NAME --local-dir DIR`."
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -67,7 +71,15 @@ def locate(path: str | Path) -> Place:
 
 def load_tokenizer(path: str | Path):
     """The tokenizer of a model, adapter or run folder, with its own chat template, unchanged."""
-    return AutoTokenizer.from_pretrained(locate_tokenizer(path), local_files_only=True, trust_remote_code=False)
+    path = locate_tokenizer(path)
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise whatever came up
+        names = sorted(f.name for f in path.iterdir() if "token" in f.name or "vocab" in f.name)
+        raise ValueError(
+            f"{path}: expected a tokenizer beside the model (model.path), got {', '.join(names) or 'none'} "
+            f"({str(error).strip().splitlines()[0][:120]}). Fetch tokenizer.json and tokenizer_config.json, too."
+        ) from None
 
 
 def locate_tokenizer(path: str | Path) -> Path:
@@ -87,16 +99,23 @@ def load_model(
     head (`verify`)."""
     path = _checked(path)
     for file in weight_files(path):
-        _header(file)
+        header(file)
     attention.register()
     name = attention.NAME if attention_name == "packed" else attention_name
+    known = sorted(k for k in ALL_ATTENTION_FUNCTIONS if "|" not in k and not k.startswith("fastpost"))
+    if name not in (attention.NAME, "eager", *known):
+        raise ValueError(
+            f"[hf] model.attention: expected packed or a name that transformers knows, got {name!r}. Known: "
+            f"{', '.join(known)}."
+        )
     bar = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=name, use_safetensors=True, local_files_only=True,
-            trust_remote_code=False, output_loading_info=True,
-        )  # fmt: skip
+        with waiting(f"load {path}"):
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, attn_implementation=name, use_safetensors=True, local_files_only=True,
+                trust_remote_code=False, output_loading_info=True,
+            )  # fmt: skip
     finally:
         if bar:
             hf_logging.enable_progress_bar()
@@ -128,7 +147,8 @@ def save_folder(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        _write_weights(model, source, aside, dtype, unchanged)
+        with waiting(f"save {out}", lambda: _written(aside), _size(model, source, dtype), "MB"):
+            _write_weights(model, source, aside, dtype, unchanged)
         for file in source.iterdir():
             weights = file.suffix in (".safetensors", *PICKLED) or file.name.endswith(".index.json")
             if file.is_file() and not file.name.startswith(".") and not weights:
@@ -158,7 +178,7 @@ def stored_dtype(path: Path) -> torch.dtype:
     files = (
         [path / "adapter_model.safetensors"] if (path / "adapter_model.safetensors").is_file() else weight_files(path)
     )
-    found = {_dtype(entry) for file in files for entry in _header(file).values()}
+    found = {_dtype(entry) for file in files for entry in header(file).values()}
     return min((d for d in found if d.is_floating_point), key=lambda d: -torch.finfo(d).eps)
 
 
@@ -175,39 +195,57 @@ def weight_files(path: Path) -> list[Path]:
             "Convert it where you trust it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)."
         )
     adapter = " It is an adapter: give the folder of its base model." if (path / "adapter_config.json").exists() else ""
-    raise ValueError(f"{path}: no model*.safetensors here.{adapter}")
+    raise ValueError(f"{path}: expected model*.safetensors, found none.{adapter or FETCH}")
 
 
 def _checked(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if not path.is_dir():
         raise ValueError(
-            f"{path}: no such folder. fastpost reads local Hugging Face folders; fetch one with "
+            f"{path}: no such folder. Expected a local Hugging Face folder (model.path); fetch one with "
             "`hf download ORG/NAME --local-dir DIR`."
         )
     if not (path / "config.json").is_file():
-        raise ValueError(f"{path}: no config.json, so this is not a Hugging Face model folder.")
+        raise ValueError(
+            f"{path}: expected a Hugging Face model folder (model.path), found no config.json in it.{FETCH}"
+        )
+    try:
+        kind = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}/config.json: expected JSON with a model_type, got something else ({error}). Fetch it again."
+        ) from None
+    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{path}/config.json: model.path: expected a causal language model that this transformers "
+            f"({transformers.__version__}) knows, got model_type {kind!r}. Take another model, or a newer transformers."
+        )
     return path
 
 
-def _header(file: Path) -> dict[str, dict]:
+def header(file: Path) -> dict[str, dict]:
     """{key: {"dtype", "shape"}} from a safetensors header; ValueError when the file has none (a renamed pickle)."""
     size = file.stat().st_size
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         try:
-            header = json.loads(stream.read(length)) if length < size else None
+            found = json.loads(stream.read(length)) if length < size else None
         except ValueError:
-            header = None
-    if not isinstance(header, dict):
-        raise ValueError(f"{file} is not a safetensors file (or was cut short). Fetch it again.")
-    header.pop("__metadata__", None)
-    return header
+            found = None
+    if isinstance(found, dict):
+        found.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in found.values()), default=0)
+    if not isinstance(found, dict) or size < end:
+        raise ValueError(
+            f"{file} is not a safetensors file (or was cut short): expected a safetensors file, got {size} bytes that "
+            "are not a whole one. Fetch it again."
+        )
+    return found
 
 
 def _write_weights(model, source: Path, out: Path, dtype: torch.dtype | None, unchanged: Collection[str]) -> None:
-    headers = {file: _header(file) for file in weight_files(source)}
-    wanted = {key for header in headers.values() for key in header}
+    headers = {file: header(file) for file in weight_files(source)}
+    wanted = {key for entries in headers.values() for key in entries}
     state = model.state_dict()
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     if set(state) - wanted - tied:
@@ -216,7 +254,7 @@ def _write_weights(model, source: Path, out: Path, dtype: torch.dtype | None, un
         model.save_pretrained(
             out, state_dict={k: v.to("cpu", kind) if v.is_floating_point() else v for k, v in state.items()}
         )
-        written = {key for file in out.glob("*.safetensors") for key in _header(file)}
+        written = {key for file in out.glob("*.safetensors") for key in header(file)}
         if written != wanted:
             missing, extra = sorted(wanted - written)[:3], sorted(written - wanted)[:3]
             raise ValueError(
@@ -224,12 +262,12 @@ def _write_weights(model, source: Path, out: Path, dtype: torch.dtype | None, un
             )
         return
     size = 0
-    for file, header in headers.items():
+    for file, entries in headers.items():
         with safe_open(file, "pt") as old:
             # A key the model does not have (an old buffer) keeps its value. Each tensor is copied: safetensors refuses
             # shared memory, and a folder with both halves of a tied pair stays one.
             tensors = {}
-            for key, entry in header.items():
+            for key, entry in entries.items():
                 tensor = old.get_tensor(key) if key not in state or key in unchanged else state[key]
                 if key in state:
                     tensor = tensor.to("cpu", dtype or _dtype(entry), copy=tensor is state[key]).contiguous()
@@ -244,6 +282,17 @@ def _write_weights(model, source: Path, out: Path, dtype: torch.dtype | None, un
         else:  # another dtype, another size
             tree.setdefault("metadata", {})["total_size"] = size
             (out / index.name).write_text(json.dumps(tree, indent=2) + "\n")
+
+
+def _size(model, source: Path, dtype: torch.dtype | None) -> float:
+    """MB that _write_weights will write, about."""
+    if dtype is None:
+        return sum(file.stat().st_size for file in weight_files(source)) / 1e6
+    return sum(p.numel() for p in model.parameters()) * dtype.itemsize / 1e6
+
+
+def _written(folder: Path) -> float:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
 
 
 def _dtype(entry: dict) -> torch.dtype:

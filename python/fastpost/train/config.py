@@ -226,6 +226,18 @@ class LogConfig:
     """Print a line each so many steps (metrics.jsonl gets every step)."""
     plot: bool = True
     """Draw loss.png at the end."""
+    to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    """Log to these, too, each a package of its own: tensorboard (into the run folder), wandb (offline unless you are
+    logged in), trackio."""
+    project: str = "fastpost"
+    """Project of the run in wandb and trackio."""
+    samples: int | list[str] = 0
+    """Answers to watch while training, into samples.jsonl: to so many held-out prompts, or to these user messages."""
+    sample_every: int = 0
+    """Sample each so many steps; 0 = whenever data.eval is evaluated. Always before the first and after the last
+    step."""
+    sample_tokens: int = 64
+    """Longest sampled answer in tokens."""
 
 
 @dataclass
@@ -244,8 +256,15 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """Read a recipe and apply overrides (`["--optim.lr", "5e-7"]`). Raises ValueError that names file, key and
     remedy."""
     path = Path(path)
+    if str(path).startswith("--"):
+        raise ValueError(f"command line: expected a recipe first, got {path}. Write RECIPE {path} ...")
+    if path.is_dir():
+        raise ValueError(f"{path}: expected a recipe, got a folder. Give a YAML file; a run's is {path}/config.yaml.")
     if not path.is_file():
-        raise ValueError(f"{path}: no such recipe. `fastpost recipes ls` lists those that come with fastpost.")
+        raise ValueError(
+            f"{path}: no such recipe. Expected a YAML file, got no file of that name. `fastpost recipes ls` lists "
+            "those that come with fastpost."
+        )
     cfg = from_dict(read_yaml(path, names(Config)), where=str(path))
     _apply(cfg, list(overrides))
     cfg.train.output_dir = cfg.train.output_dir or f"runs/{path.stem}"
@@ -293,11 +312,13 @@ def _apply(cfg: Config, args: list[str]) -> None:
     while position < len(args):
         flag, equals, text = args[position].partition("=")
         if not flag.startswith("--"):
-            raise ValueError(f"command line: expected --group.key, got {flag!r}.")
+            raise ValueError(
+                f"command line: expected --group.key, got {flag!r}. Write --{flag} VALUE, or --help for the names."
+            )
         if not equals:
             position += 1
             if position == len(args):
-                raise ValueError(f"command line: {flag} has no value. Write {flag} VALUE.")
+                raise ValueError(f"command line: {flag}: expected a value, got nothing. Write {flag} VALUE.")
             text = args[position]
         position += 1
         _set(cfg, flag[2:].replace("-", "_"), text, flag)
@@ -311,7 +332,7 @@ def _set(cfg: Config, name: str, text: str, flag: str) -> None:
         raise ValueError(f"command line: unknown option {flag}.{hint}")
     section = getattr(cfg, group)
     if group == "objective" and key != "name":
-        cfg.objective.fields[key] = plain(yaml.load(text, Loader=Loader))
+        cfg.objective.fields[key] = plain(_yaml(text, flag))
         return
     hints = typing.get_type_hints(type(section))
     inner, _, rest = key.partition(".")
@@ -322,8 +343,20 @@ def _set(cfg: Config, name: str, text: str, flag: str) -> None:
         raise ValueError(f"command line: unknown option {flag}.{suggest(name, field_names())}")
     # A plain string is taken as typed: `--model.path 007` or `--train.output_dir yes` need no quotes inside quotes.
     literal = hints[key] is str or (name == "data.train" and not text.lstrip().startswith("["))
-    value = text if literal else yaml.load(text, Loader=Loader)
+    value = text if literal else _yaml(text, flag)
     setattr(section, key, convert(value, hints[key], f"--{name}", "command line"))
+
+
+def _yaml(text: str, flag: str) -> Any:
+    try:
+        return yaml.load(text, Loader=Loader)
+    except (yaml.YAMLError, ValueError):
+        if not text.lstrip().startswith(("[", "{")):  # a sentence with a colon, say: it is what it looks like
+            return text
+        raise ValueError(
+            f"command line: {flag}: expected a YAML list or mapping, got {text!r}. Put quotes around its strings, "
+            """as in '["What is 2 + 2?"]'."""
+        ) from None
 
 
 def help_text() -> str:
@@ -381,6 +414,7 @@ def _check(cfg: Config, where: str) -> None:
         "data.max_length": 2, "data.max_prompt_length": 1, "data.limit": 1, "data.eval_limit": 1, "train.epochs": 1,
         "train.max_steps": 1, "train.batch_size": 1, "train.max_tokens_per_micro_batch": 1, "train.micro_batch_size": 1,
         "train.save_every": 0, "train.keep_latest": 1, "train.eval_every": 0, "train.threads": 1, "log.every": 1,
+        "log.sample_every": 0, "log.sample_tokens": 1,
         "optim.lr": 0, "optim.warmup_ratio": 0, "optim.warmup_steps": 0, "optim.warmup_from": 0,
         "optim.min_lr_ratio": 0, "optim.stable_ratio": 0, "optim.eps": 0, "optim.weight_decay": 0,
         "optim.max_grad_norm": 0,
@@ -389,22 +423,31 @@ def _check(cfg: Config, where: str) -> None:
         group, key = name.split(".")
         value = getattr(getattr(cfg, group), key)
         if value is not None and not value >= least:  # written so that NaN fails too
-            raise ValueError(f"{where}: {name}: expected at least {least}, got {value}.")
+            raise ValueError(f"{where}: {name}: expected at least {least}, got {value}. Set it to that or more.")
     for key in ("warmup_ratio", "warmup_from", "min_lr_ratio", "stable_ratio"):
-        if getattr(cfg.optim, key) > 1:
-            raise ValueError(f"{where}: optim.{key}: expected a share from 0 to 1, got {getattr(cfg.optim, key)}.")
+        value = getattr(cfg.optim, key)
+        if value > 1:
+            hint = (
+                "For a number of steps there is optim.warmup_steps." if key == "warmup_ratio" else "Write 0.1 for 10 %."
+            )
+            raise ValueError(f"{where}: optim.{key}: expected a share from 0 to 1, got {value}. {hint}")
     schedule.check(cfg.optim, where)
     for pattern, group in cfg.optim.groups.items():
         for key in ("lr_ratio", "weight_decay"):
             value = getattr(group, key)
             if value is not None and not value >= 0:
-                raise ValueError(f"{where}: optim.groups.{pattern}.{key}: expected at least 0, got {value}.")
+                raise ValueError(
+                    f"{where}: optim.groups.{pattern}.{key}: expected at least 0, got {value}. Set it to that or more."
+                )
     if cfg.optim.ema is not None and not 0 < cfg.optim.ema < 1:
-        raise ValueError(f"{where}: optim.ema: expected a decay between 0 and 1, e.g. 0.999, got {cfg.optim.ema}.")
+        raise ValueError(
+            f"{where}: optim.ema: expected a decay between 0 and 1, got {cfg.optim.ema}. Write e.g. 0.999, or none."
+        )
     if cfg.data.max_prompt_length is not None and cfg.data.max_prompt_length >= cfg.data.max_length:
         raise ValueError(
             f"{where}: data.max_prompt_length: expected less than data.max_length ({cfg.data.max_length}), "
-            f"got {cfg.data.max_prompt_length}. A prompt that fills the row leaves nothing to train."
+            f"got {cfg.data.max_prompt_length}. A prompt that fills the row leaves nothing to train. Lower "
+            "it, or raise data.max_length."
         )
     if not cfg.model.temperature > 0:
         raise ValueError(f"{where}: model.temperature: expected a number above 0, got {cfg.model.temperature}.")
@@ -420,6 +463,10 @@ def _check(cfg: Config, where: str) -> None:
             )
     if cfg.data.share_prompt and cfg.model.attention != "packed":
         raise ValueError(
-            f"{where}: data.share_prompt: attention '{cfg.model.attention}' cannot share the prompt of a pair. Set "
-            "data.share_prompt to false, or model.attention to packed."
+            f"{where}: data.share_prompt: expected false with attention '{cfg.model.attention}', which cannot share "
+            "the prompt of a pair, got true. Set data.share_prompt to false, or model.attention to packed."
         )
+    if isinstance(cfg.log.samples, int) and (cfg.log.samples < 0 or (cfg.log.samples and not cfg.data.eval)):
+        what = "a number of prompts from data.eval, which is not set" if cfg.log.samples > 0 else "at least 0"
+        raise ValueError(f"{where}: log.samples: expected {what}, got {cfg.log.samples}. Set data.eval, or give a list "
+                         "of user messages to answer.")  # fmt: skip

@@ -21,6 +21,7 @@ from .device import pick_device
 from .forward import forward, lengths, start_of
 from .metrics import Sums, add_output
 from .optim import COMPUTE_DTYPE
+from .progress import progress
 
 
 @torch.no_grad()
@@ -72,4 +73,5 @@ def evaluate_config(cfg: Config, path: Path | None = None) -> dict[str, float]:
     start, to_stderr = start_of(cfg.model), partial(print, file=sys.stderr, flush=True)
     reference.attach(cfg, sources, {"eval": data}, {"eval": parts}, None, lambda: load(start), say=to_stderr)
     model = load(folder.locate(path) if path else start)
-    return evaluate(model, objective, map(data.batch, parts), cfg.model.temperature)
+    batches = map(data.batch, progress(parts, "evaluate", unit="batches"))
+    return evaluate(model, objective, batches, cfg.model.temperature)

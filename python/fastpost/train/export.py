@@ -132,7 +132,10 @@ def _load(run: Path, step: int | None, ema: bool, average: str | None):
                 )
         return adapter.load(run, torch.float32, check=False), folder.locate(run), set()
     if not (run / "config.yaml").is_file():
-        raise ValueError(f"[export] {run}: expected a run folder with config.yaml or an adapter folder, found neither.")
+        raise ValueError(
+            f"[export] {run}: expected a run folder with config.yaml or an adapter folder, found neither. Give the "
+            "folder that `fastpost train` wrote."
+        )
     cfg = load_config(run / "config.yaml")
     if ema and cfg.optim.ema is None:
         raise ValueError(f"[export] --ema: {run} kept no average of its weights (optim.ema is none). Leave --ema out.")
@@ -168,8 +171,12 @@ def _restore(model: torch.nn.Module, unchanged: set[str], base: Path) -> None:
 def _checkpoint(run: Path, step: int | None) -> Path:
     found = {int(p.name[5:]): p for p in checkpoint.checkpoints(run / "checkpoints")}
     if not found:
-        raise ValueError(f"[export] {run}: has no model/, no adapter/ and no checkpoint yet.")
+        raise ValueError(
+            f"[export] {run}: expected a model/, an adapter/ or a checkpoint, found none yet. Let it train to one."
+        )
     step = max(found) if step is None else step
     if step not in found:
-        raise ValueError(f"[export] --step: expected one of {', '.join(map(str, sorted(found)))}, got {step}.")
+        raise ValueError(
+            f"[export] --step: expected one of {', '.join(map(str, sorted(found)))}, got {step}. Choose one of these."
+        )
     return found[step]

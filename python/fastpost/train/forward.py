@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 import fastpost
 from fastpost.data.collate import IGNORE, Batch
@@ -71,7 +70,10 @@ def load_policy(cfg: Config, device: torch.device) -> torch.nn.Module:
         adapter.narrow(model, compute)
     for name, p in model.named_parameters():
         if not math.isfinite(p.detach().sum(dtype=torch.float32)):
-            raise ValueError(f"[train] {cfg.model.path}: {name} holds NaN or infinity. Fetch the folder again.")
+            raise ValueError(
+                f"[train] {cfg.model.path}: expected finite weights, but {name} holds NaN or infinity. Fetch the "
+                "folder again."
+            )
     verify(model)
     freeze(model, cfg.model.train, cfg.model.freeze)
     recompute(lora.inner(model), cfg.train.gradient_checkpointing, device)
@@ -111,7 +113,6 @@ def start_of(cfg: ModelConfig) -> folder.Place:
 def wider_than_bf16(path: Path) -> bool:
     """Whether a model folder stores weights in a format with more mantissa than bf16 (float16, float32, float64)."""
     for file in folder.weight_files(path):
-        with safe_open(file, framework="pt") as stored:
-            if any(stored.get_slice(key).get_dtype() in ("F16", "F32", "F64") for key in list(stored.keys())):
-                return True
+        if any(entry["dtype"] in ("F16", "F32", "F64") for entry in folder.header(file).values()):
+            return True
     return False

@@ -13,16 +13,18 @@ from fastpost import objectives
 from fastpost.data.loader import Dataset, load_dataset
 from fastpost.hf import folder
 
-from . import checkpoint, freezing, moments, plot, reference, result
+from . import checkpoint, freezing, moments, plot, reference, result, sinks
 from .config import Config
 from .device import pick_device
 from .evaluate import evaluate
-from .flops import peak_flops, step_flops
+from .flops import Flops, peak_flops
 from .forward import load_policy, schedule
 from .metrics import RunLog, peak_memory_gb
 from .optim import COMPUTE_DTYPE, AdamW
 from .plan import Plan
+from .progress import progress, waiting
 from .run_folder import RunFolder
+from .samples import Samples
 from .step import train_step
 
 
@@ -51,11 +53,14 @@ def _train(cfg: Config, run: RunFolder) -> None:
     torch.manual_seed(cfg.train.seed)
 
     # What can be wrong with settings and data is found before any weight is read.
+    sinks.check(cfg.log.to)
     if cfg.optim.name == "adamw8bit":
         moments.library()
     objective = objectives.from_name(cfg.objective.name, **cfg.objective.fields)
     sources = reference.sources(cfg.model, objective)
-    data = load_data(cfg, objective, sources)
+    tokenizer = folder.load_tokenizer(cfg.model.path)
+    data = load_data(cfg, tokenizer, objective, sources)
+    samples = Samples(cfg.log, tokenizer, data["eval"].examples if "eval" in data else [])
     plan = Plan(cfg, data["train"])
     print(*plan.mixture.lines(), sep="\n", end="\n" * (not plan.mixture.whole), flush=True)
     parts = {"train": plan.first_epoch()}
@@ -70,16 +75,18 @@ def _train(cfg: Config, run: RunFolder) -> None:
     newest = checkpoint.latest(run.checkpoints)
     start = checkpoint.load(newest, model, optimizer) if newest else 0
     seen = sum(map(plan.tokens, range(start)))
-    peak, temperature = peak_flops(device, compute), cfg.model.temperature
+    flops, peak, temperature = Flops(model), peak_flops(device, compute), cfg.model.temperature
 
-    with RunLog(run.path, finished=start, total=plan.steps, every=cfg.log.every) as log:
+    trackers = sinks.Sinks(cfg, run.path)
+    with RunLog(run.path, finished=start, total=plan.steps, every=cfg.log.every, sinks=trackers) as log:
 
         def held_out(step: int) -> None:
             if "eval" not in data:
                 return
 
             def measure() -> dict[str, float]:
-                return evaluate(model, objective, map(data["eval"].batch, parts["eval"]), temperature)
+                batches = map(data["eval"].batch, progress(parts["eval"], "evaluate", unit="batches"))
+                return evaluate(model, objective, batches, temperature)
 
             values = measure()
             if optimizer.ema is not None and step > 0:
@@ -87,12 +94,17 @@ def _train(cfg: Config, run: RunFolder) -> None:
                     values |= {f"ema/{name}": value for name, value in measure().items() if name != "rows"}
             log.evaluation(step, values)
 
+        def sample(step: int) -> None:
+            if samples:
+                log.samples(step, samples.answer(model))
+
         if newest:
             log.say(f"resume from {newest}")
         else:
             if cfg.train.save_every and (warning := checkpoint.space_warning(run.path, model, optimizer)):
                 log.say(warning)
             held_out(0)
+            sample(0)
         model.train()
 
         for step in range(start, plan.steps):
@@ -111,7 +123,7 @@ def _train(cfg: Config, run: RunFolder) -> None:
             timing = {
                 "ms": 1e3 * seconds,
                 "tps": tokens / seconds,
-                "mfu": step_flops(model, batches) / seconds / peak if peak else None,
+                "mfu": flops(batches) / seconds / peak if peak else None,
                 "memory/peak_gb": peak_memory_gb(device),
                 "data_wait": (ready - begin) / seconds,
             }
@@ -123,9 +135,12 @@ def _train(cfg: Config, run: RunFolder) -> None:
             last = step + 1 == plan.steps
             if last or _due(step + 1, cfg.train.eval_every):
                 held_out(step + 1)
+            if last or _due(step + 1, cfg.log.sample_every or cfg.train.eval_every):
+                sample(step + 1)
             if not last and _due(step + 1, cfg.train.save_every):
                 log.sync()
-                checkpoint.save(run.checkpoints, step + 1, model, optimizer, keep=cfg.train.keep_latest)
+                with waiting("save checkpoint"):
+                    checkpoint.save(run.checkpoints, step + 1, model, optimizer, keep=cfg.train.keep_latest)
 
     out = result.write(cfg, run, model, optimizer)
     if cfg.log.plot:
@@ -137,9 +152,8 @@ def _due(finished: int, every: int) -> bool:
     return every > 0 and finished % every == 0
 
 
-def load_data(cfg: Config, objective, sources: dict[str, str]) -> dict[str, Dataset]:
+def load_data(cfg: Config, tokenizer, objective, sources: dict[str, str]) -> dict[str, Dataset]:
     """{"train": ..., "eval": ...} (eval when there is one), with one printed line on what was kept of each."""
-    tokenizer = folder.load_tokenizer(cfg.model.path)
     paths = {"train": cfg.data.train} | ({"eval": cfg.data.eval} if cfg.data.eval else {})
     data = {}
     for name, path in paths.items():

@@ -4,7 +4,9 @@
 run/metrics.jsonl   one object per step, only values that the same run would produce again (no clocks)
 run/timing.jsonl    one object per step: ms, tokens per second, model FLOPs utilisation, memory, share of time
                     waiting for data
+run/samples.jsonl   one object per sampled answer (log.samples)
 console             one line per step
+trackers            the same numbers, see sinks.py
 """
 
 from __future__ import annotations
@@ -18,7 +20,11 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import replace_text
+from .jsonl import read as read  # metrics.read(run / "metrics.jsonl")
+from .jsonl import truncate
+from .progress import duration
+from .samples import brief
+from .sinks import Sinks
 
 
 class Sums:
@@ -71,20 +77,26 @@ class RunLog:
     `finished` steps are kept, what an interrupted run wrote after them is cut off: the resumed run writes it again.
     """
 
-    def __init__(self, folder: Path, *, finished: int, total: int, every: int = 1, stream=None):
-        self.total, self.every = total, every
+    def __init__(
+        self, folder: Path, *, finished: int, total: int, every: int = 1, stream=None, sinks: Sinks | None = None
+    ):
+        self.total, self.every, self._sinks = total, every, sinks
         self.stream = sys.stdout if stream is None else stream
-        self._files = {}
-        for name in ("metrics", "timing"):
+        self._files, cut = {}, {}
+        for name in ("metrics", "timing", "samples"):
             path = folder / f"{name}.jsonl"
-            truncate(path, finished)
-            self._files[name] = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed in __exit__
-        self._begin, self._first, self._redrawn = time.perf_counter(), finished, False
+            cut[name] = truncate(path, finished)
+            if name != "samples" or path.exists():
+                self._files[name] = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed in __exit__
+        self._folder, self._begin, self._first, self._redrawn = folder, time.perf_counter(), finished, False
+        if sinks is not None:
+            sinks.open(finished, cut["metrics"])
 
     def step(self, step: int, values: dict, timing: dict) -> None:
         """`step` is the number of finished steps."""
         self._append("metrics", {"step": step, **values})
         self._append("timing", {"step": step, **timing})
+        self._send(step, "train", values | timing)
         shown = step % self.every == 0 or step in (self._first + 1, self.total)
         if shown or self.stream.isatty():
             left = (time.perf_counter() - self._begin) / (step - self._first) * (self.total - step)
@@ -92,7 +104,13 @@ class RunLog:
 
     def evaluation(self, step: int, values: dict) -> None:
         self._append("metrics", {"step": step, **{f"eval_{k}": v for k, v in values.items()}})
+        self._send(step, "eval", values)
         self.say(f"eval   step {step} | " + " | ".join(_brief(values)) + f" | rows {values['rows']}")
+
+    def samples(self, step: int, answers: list[dict]) -> None:
+        for answer in answers:
+            self._append("samples", {"step": step, **answer})
+            self.say(f"sample step {step} | {brief(answer)}")
 
     def say(self, text: str) -> None:
         self._show(text, final=True)
@@ -101,15 +119,25 @@ class RunLog:
         """Put the lines on the disk, before a checkpoint that relies on them."""
         for file in self._files.values():
             os.fsync(file.fileno())
+        if self._sinks is not None:
+            self._sinks.sync()
 
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, *_) -> None:
         for file in self._files.values():
             file.close()
+        if self._sinks is not None:
+            self._sinks.close(failed=kind is not None)
+
+    def _send(self, step: int, prefix: str, values: dict) -> None:
+        if self._sinks is not None:
+            self._sinks.log(step, {f"{prefix}/{name}": value for name, value in values.items()})
 
     def _append(self, name: str, values: dict) -> None:
+        if name not in self._files:
+            self._files[name] = open(self._folder / f"{name}.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         # repr of a float reads back to the same bits; one write per line, so that a kill tears at most the last one.
         self._files[name].write(json.dumps(values) + "\n")
         self._files[name].flush()
@@ -121,25 +149,6 @@ class RunLog:
         self._redrawn = not final
 
 
-def read(path: Path) -> list[dict]:
-    """The objects of a .jsonl file of a run; a last line torn by a kill is left out."""
-    if not path.exists():
-        return []
-    return [
-        json.loads(text) for text in path.read_text(encoding="utf-8").splitlines(keepends=True) if text.endswith("\n")
-    ]
-
-
-def truncate(path: Path, finished: int) -> None:
-    """Keep the lines of the first `finished` steps (0: nothing, the run starts over), byte for byte."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [text for text in lines if finished > 0 and text.endswith("\n") and json.loads(text)["step"] <= finished]
-    if len(kept) < len(lines):
-        replace_text(path, "".join(kept))
-
-
 def line(step: int, total: int, values: dict, timing: dict, seconds_left: float) -> str:
     """One step for people: `step  120/900 | loss 0.6412 | margin 0.211 | acc 0.63 | gnorm 4.12 | lr 9.1e-07 | 312 ms
     | …`"""
@@ -148,7 +157,7 @@ def line(step: int, total: int, values: dict, timing: dict, seconds_left: float)
     parts += [f"{timing['tps'] / 1000:.2f}k tok/s" if timing["tps"] >= 1000 else f"{timing['tps']:.0f} tok/s"]
     if timing.get("mfu") is not None:
         parts.append(f"{100 * timing['mfu']:.1f}% mfu")
-    parts += [f"{timing['memory/peak_gb']:.1f} GB", f"eta {_duration(seconds_left)}"]
+    parts += [f"{timing['memory/peak_gb']:.1f} GB", f"eta {duration(seconds_left)}"]
     return " | ".join(parts)
 
 
@@ -157,12 +166,6 @@ def _brief(values: dict) -> list[str]:
     if "rewards/margins" in values:
         parts += [f"margin {values['rewards/margins']:.3f}", f"acc {values['rewards/accuracies']:.2f}"]
     return parts
-
-
-def _duration(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{s}s"
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -214,6 +214,8 @@ def _narrow(parameter: torch.nn.Parameter, dtype: torch.dtype, keep: bool) -> to
     if not keep:
         parameter.data = source.to(dtype)
         return None
+    if source.dtype == dtype:  # nothing was cut off, so there is nothing to look for
+        return torch.zeros_like(source, dtype=torch.int16)
     weight = torch.empty_like(source, dtype=dtype)
     remainder = torch.empty_like(source, dtype=torch.int16)
     for wide, w, r in zip(*map(pieces, (source, weight, remainder)), strict=True):

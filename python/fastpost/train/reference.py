@@ -28,6 +28,7 @@ from .config import Config, ModelConfig
 from .device import pick_device
 from .forward import forward, has_masters, start_of
 from .optim import COMPUTE_DTYPE
+from .progress import progress
 
 FIELDS = {"previous_logprob": "previous", "reference_logprob": "reference"}
 """Column of an example -> the field of ModelConfig that says where it comes from."""
@@ -132,7 +133,7 @@ def logprobs(
     device = next(model.parameters()).device
     model.eval()
     out = torch.full((len(dataset), len(dataset.examples[0].sequences)), torch.nan)
-    for part in parts:
+    for part in progress(parts, "log-probs", unit="batches"):
         logprob = forward(model, dataset.batch(part).to(device), SFT(), temperature).logprob
         out[part] = logprob.float().cpu().view(len(part), -1)
     return out

@@ -45,12 +45,22 @@ def read_yaml(path: Path, groups: list[str]) -> dict:
     """The file's mapping; `groups` are named when it is none. Raises ValueError with file and line."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(
+            f"{path}: expected YAML, got a mistake{line}: {error.problem}. Look at indentation and colons there."
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8, got byte {error.start} that is none. Save it as UTF-8.") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from None
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
-        raise ValueError(f"{path}: expected groups ({', '.join(groups)}), got {_kind(tree)}.")
+        raise ValueError(
+            f"{path}: expected groups ({', '.join(groups)}), got {_kind(tree)}. `fastpost recipes cp NAME` writes a "
+            "recipe to start from."
+        )
     return tree
 
 
@@ -66,7 +76,9 @@ def build(cls: type, tree: dict, prefix: str, where: str):
             if value is None:  # "optim:" with every line below it commented out
                 value = {}
             if not isinstance(value, dict):
-                raise ValueError(f"{where}: {name}: expected a group of keys, got {_kind(value)}.")
+                raise ValueError(
+                    f"{where}: {name}: expected a group of keys, got {_kind(value)}. Write its keys below it."
+                )
             values[key] = build(hints[key], value, f"{name}.", where)
         else:
             values[key] = convert(value, hints[key], name, where)
@@ -124,7 +136,7 @@ def convert(value: Any, kind: Any, name: str, where: str) -> Any:
             return value
     elif origin is None and isinstance(value, kind):  # str and bool as they are
         return value
-    raise ValueError(f"{where}: {name}: expected {_type_name(kind)}, got {_kind(value)} {value!r}.")
+    raise ValueError(f"{where}: {name}: expected {_type_name(kind)}, got {_kind(value)} {value!r}.{_example(kind)}")
 
 
 def plain(value: Any) -> Any:
@@ -152,6 +164,16 @@ def names(cls: type) -> list[str]:
 def _kind(value: Any) -> str:
     kinds = {dict: "a mapping", list: "a list", str: "a string", bool: "a truth value", type(None): "nothing (null)"}
     return kinds.get(type(value), f"a number ({type(value).__name__})")
+
+
+def _example(kind: Any) -> str:
+    """' Write ...', where there is something to write."""
+    args = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return f" Write [{', '.join(['0.9', '0.999', '0.5'][: len(args)])}]."
+    words = {float: "a number such as 1e-6", int: "a number such as 8", bool: "true or false", dict: "{ours: theirs}"}
+    word = words.get(typing.get_origin(kind) or kind)
+    return f" Write {word}." if word else ""
 
 
 def _type_name(kind: Any) -> str:
