@@ -214,7 +214,7 @@ def test_training_with_lora_is_training_with_peft_alone(tmp_path):
     torch.manual_seed(cfg.train.seed)
     base = folder.load_model(tmp_path / "model", attention_name="sdpa")
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=32, target_modules="all-linear")).train()
-    data = loop.load_data(cfg, fastpost_dpo(), {"reference_logprob": "start"})["train"]
+    data = loop.load_data(cfg, tiny.tokenizer(), fastpost_dpo(), {"reference_logprob": "start"})["train"]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, weight_decay=0.0)
 
     def margin():

@@ -85,7 +85,8 @@ def load_tokenizer(path: str | Path):
 def locate_tokenizer(path: str | Path) -> Path:
     """The folder whose tokenizer files count; `path` may also hold a tokenizer and nothing else."""
     bare = Path(path).expanduser()
-    alone = (bare / "tokenizer_config.json").is_file() and not (bare / "adapter_config.json").is_file()
+    alone = (bare / "tokenizer_config.json").is_file()
+    alone &= not any((bare / name).is_file() for name in ("adapter_config.json", "config.json"))
     return bare if alone else locate(bare).tokenizer
 
 

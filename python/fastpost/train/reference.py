@@ -154,7 +154,7 @@ def _check(cfg: ModelConfig, field: str, source: str) -> None:
         if not path.is_dir():
             raise ValueError(
                 f"[train] model.{field}: expected {', '.join(words)} or the folder of a model, an adapter or a run; "
-                f"got '{source}', and there is no such folder."
+                f"got '{source}', and there is no such folder. Correct the path."
             )
         folder.locate(path)
 
