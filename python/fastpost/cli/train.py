@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 
 USAGE = """usage: fastpost train RECIPE [--group.key VALUE ...]
 
 Trains and writes the run folder (train.output_dir, default runs/NAME-OF-RECIPE): config.yaml, metrics.jsonl,
 timing.jsonl, loss.png, checkpoints/ and model/, a Hugging Face folder. The same command resumes an interrupted run.
+SIGTERM or Ctrl-C: the step is finished, a checkpoint written, the status is 143 or 130. Several GPUs or processes:
+torchrun --nproc-per-node N -m fastpost train RECIPE ...
 Options:
 """
 
@@ -26,9 +29,13 @@ def main(argv: list[str]) -> int:
     cfg = load_config(argv[0], argv[1:])
 
     from fastpost.cli import fail
+    from fastpost.train.device import unused_gpus
     from fastpost.train.loop import train
     from fastpost.train.step import NotFinite
 
+    if "WORLD_SIZE" not in os.environ and (gpus := unused_gpus(cfg.train.device)):
+        again = f"torchrun --nproc-per-node {gpus} -m fastpost train {shlex.join(argv)}"
+        print(f"{gpus} GPUs are visible and one is used. For all of them: {again}", flush=True)
     try:
         train(cfg)
     except (NotFinite, OSError) as error:  # a disk that is full or fails is nobody's bug

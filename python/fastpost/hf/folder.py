@@ -65,7 +65,8 @@ def save_folder(model, source: str | Path, out: str | Path, dtype: torch.dtype |
     """Write `model` as the folder `source` with other numbers: same keys, same shards, every other file byte for byte.
 
     dtype None = each tensor in the dtype it has in `source`. Written beside `out` and renamed, so `out` is whole or
-    absent. Raises ValueError when `out` exists and is not empty."""
+    absent. Of a sharded model one rank calls this while the others call `give_parts`. Raises ValueError when `out`
+    exists and is not empty."""
     source, out = _checked(source), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: already exists and is not empty; nothing is overwritten. Choose another folder.")
@@ -89,6 +90,13 @@ def save_folder(model, source: str | Path, out: str | Path, dtype: torch.dtype |
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return out
+
+
+def give_parts(model, source: str | Path) -> None:
+    """What the other ranks do while one is in save_folder: gather a sharded model with it, tensor by tensor."""
+    headers, state, renamed = _layout(model, Path(source))
+    for key in state if renamed else (key for header in headers.values() for key in header if key in state):
+        _whole(state[key])
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -134,17 +142,28 @@ def _header(file: Path) -> dict[str, dict]:
     return header
 
 
-def _write_weights(model, source: Path, out: Path, dtype: torch.dtype | None) -> None:
+def _layout(model, source: Path) -> tuple[dict[Path, dict], dict[str, torch.Tensor], bool]:
+    """(header of each file of `source`, the model's tensors, whether transformers renamed or fused tensors on the way
+    in, as it does for mixtures of experts; only it knows how to undo that)."""
     headers = {file: _header(file) for file in weight_files(source)}
     wanted = {key for header in headers.values() for key in header}
     state = model.state_dict()
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    if set(state) - wanted - tied:
-        # transformers renamed or fused tensors on the way in (mixtures of experts); only it knows how to undo that.
+    return headers, state, bool(set(state) - wanted - tied)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A DTensor put together, a collective of all ranks; any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _write_weights(model, source: Path, out: Path, dtype: torch.dtype | None) -> None:
+    headers, state, renamed = _layout(model, source)
+    wanted = {key for header in headers.values() for key in header}
+    if renamed:
         kind = dtype or _dtype(next(iter(next(iter(headers.values())).values())))
-        model.save_pretrained(
-            out, state_dict={k: v.to("cpu", kind) if v.is_floating_point() else v for k, v in state.items()}
-        )
+        whole = ((key, _whole(value)) for key, value in state.items())
+        model.save_pretrained(out, state_dict={k: v.to("cpu", kind) if v.is_floating_point() else v for k, v in whole})
         written = {key for file in out.glob("*.safetensors") for key in _header(file)}
         if written != wanted:
             missing, extra = sorted(wanted - written)[:3], sorted(written - wanted)[:3]
@@ -158,7 +177,7 @@ def _write_weights(model, source: Path, out: Path, dtype: torch.dtype | None) ->
             # A key the model does not have (an old buffer) keeps its value. Each tensor is copied: safetensors refuses
             # shared memory, and a folder with both halves of a tied pair stays one.
             tensors = {
-                key: state[key].to("cpu", dtype or _dtype(entry), copy=True).contiguous()
+                key: _whole(state[key]).to("cpu", dtype or _dtype(entry), copy=True).contiguous()
                 if key in state
                 else old.get_tensor(key)
                 for key, entry in header.items()

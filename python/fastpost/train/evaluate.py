@@ -16,15 +16,18 @@ from fastpost.hf import folder
 from . import reference
 from .config import Config
 from .device import pick_device
+from .distributed import ALONE, Ranks
 from .forward import forward, lengths
 from .metrics import Sums, add_output
 from .optim import COMPUTE_DTYPE
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, objective, batches: Iterable[Batch]) -> dict[str, float]:
-    """Means over all rows of `batches` under TRL's names, plus `rows`, their number. The model's mode and state are
-    left alone."""
+def evaluate(
+    model: torch.nn.Module, objective, batches: Iterable[Batch], *, idle: Iterable[Batch] = (), ranks: Ranks = ALONE
+) -> dict[str, float]:
+    """Means over all rows of the `batches` of all ranks under TRL's names, plus `rows`, their number. The model's mode
+    and state are left alone. `idle`: see train_step."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     sums, rows = Sums(), 0
@@ -34,11 +37,14 @@ def evaluate(model: torch.nn.Module, objective, batches: Iterable[Batch]) -> dic
             batch = batch.to(device)
             add_output(sums, objective, batch, forward(model, batch, objective), count)
             rows += len(batch.rows)
+        for batch in idle:
+            forward(model, batch.to(device), objective)
     finally:
         model.train(was_training)
+    rows = int(ranks.sum(rows))
     if not rows:
         raise ValueError("[evaluate] batches: expected at least one row, got none.")
-    return sums.means() | {"rows": rows}
+    return sums.means(ranks) | {"rows": rows}
 
 
 def evaluate_config(cfg: Config, path: Path | None = None) -> dict[str, float]:

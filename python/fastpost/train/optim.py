@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch.optim.adamw import adamw
 
-from .gradients import Gradients, pieces
+from .gradients import Gradients, local, pieces
 
 COMPUTE_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32, "pure-bf16": torch.bfloat16}
 
@@ -137,7 +137,8 @@ class AdamW:
             s.exp_avg = s.exp_avg_sq = None
             if s.remainder is not None:
                 parts = zip(pieces(s.parameter), pieces(s.remainder), strict=True)
-                s.parameter.data = torch.cat([join(w, r) for w, r in parts]).view(s.parameter.shape)
+                wide = torch.cat([join(w, r) for w, r in parts]).view(local(s.parameter).shape)
+                _replace(s.parameter, wide)
         self._slots.clear()
 
 
@@ -173,11 +174,25 @@ def _narrow(parameter: torch.nn.Parameter, dtype: torch.dtype, keep: bool) -> to
     """Convert a parameter in place; `keep`: return what bf16 cannot hold, as int16."""
     source = parameter.data
     if not keep:
-        parameter.data = source.to(dtype)
+        if source.dtype != dtype:
+            _replace(parameter, local(source).to(dtype))
         return None
     weight = torch.empty_like(source, dtype=dtype)
     remainder = torch.empty_like(source, dtype=torch.int16)
     for wide, w, r in zip(*map(pieces, (source, weight, remainder)), strict=True):
         split(wide.float(), w, r)
-    parameter.data = weight
+    _replace(parameter, local(weight))
     return remainder
+
+
+def _replace(parameter: torch.nn.Parameter, data: torch.Tensor) -> None:
+    """Give a parameter other data; `data` is this rank's part, which for a DTensor goes with the old layout."""
+    if local(parameter) is parameter:
+        parameter.data = data
+        return
+    from torch.distributed.tensor import DTensor
+
+    layout = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
+    new = DTensor.from_local(data, parameter.device_mesh, parameter.placements, **layout)
+    # .data of a wrapper cannot be set; this is what nn.Module.to does with one.
+    torch.utils.swap_tensors(parameter, torch.nn.Parameter(new, requires_grad=parameter.requires_grad))

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import accumulate
 
 from fastpost.data.loader import Dataset, order
 
@@ -14,8 +16,8 @@ from .schedule import factor, warmup_steps
 class Plan:
     """The steps of a run over `data`. Everything about step s follows from s, so a resume needs to restore nothing."""
 
-    def __init__(self, cfg: Config, data: Dataset):
-        self.cfg, self.data = cfg, data
+    def __init__(self, cfg: Config, data: Dataset, ranks: int = 1):
+        self.cfg, self.data, self.ranks = cfg, data, ranks
         self.steps_per_epoch = math.ceil(len(data) / cfg.train.batch_size)
         self.steps = self.steps_per_epoch * cfg.train.epochs
         if cfg.train.max_steps is not None:
@@ -32,8 +34,8 @@ class Plan:
         return self._order[position * size : (position + 1) * size]
 
     def parts(self, step: int) -> list[list[int]]:
-        """The same rows as micro-batches."""
-        return self.cut(self.data, self.rows(step))
+        """The same rows as micro-batches, as many for each rank where rows allow it."""
+        return even(self.cut(self.data, self.rows(step)), self.ranks, self.data.examples)
 
     def first_epoch(self) -> list[list[int]]:
         """The micro-batches of the first epoch: each row once."""
@@ -53,3 +55,18 @@ class Plan:
     def epoch(self, finished: int) -> float:
         """Epochs done after `finished` steps."""
         return finished / self.steps_per_epoch
+
+
+def even(parts: list[list[int]], ranks: int, examples: Sequence) -> list[list[int]]:
+    """`parts` with the largest halved, again and again, until their number is a multiple of `ranks` (or each is one
+    row): otherwise ranks would wait for those with one more."""
+    parts = list(parts)
+    while len(parts) % ranks:
+        tokens = [[examples[row].computed for row in part] for part in parts]
+        at = max(range(len(parts)), key=lambda i: (len(parts[i]) > 1, sum(tokens[i])))
+        if len(parts[at]) == 1:
+            break
+        before = list(accumulate(tokens[at]))
+        cut = min(range(1, len(parts[at])), key=lambda i: abs(2 * before[i - 1] - before[-1]))
+        parts[at : at + 1] = [parts[at][:cut], parts[at][cut:]]
+    return parts

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from fastpost.data.loader import Dataset
 from fastpost.objectives import SFT
 
+from .distributed import ALONE, Ranks, Turns
 from .forward import forward
 
 
@@ -43,21 +44,27 @@ def columns(objective, source: str) -> tuple[str, ...]:
 
 
 def attach(
-    data: dict[str, Dataset], parts: dict[str, list[list[int]]], table: Path, model: Callable[[], torch.nn.Module]
+    data: dict[str, Dataset],
+    turns: dict[str, Turns],
+    table: Path,
+    model: Callable[[], torch.nn.Module],
+    ranks: Ranks = ALONE,
 ) -> None:
     """Set reference_logprob on every example of `data`, from the file `table`, or from `model()` and then written to
     `table`.
 
-    `parts`: the micro-batches to compute in, covering each dataset once. Taking those of the first epoch makes the
-    policy's first log-probs equal the reference to the last bit, because both see the same packing.
+    `turns`: this rank's micro-batches; those of all ranks cover each dataset once. Taking those of the first epoch
+    makes the policy's first log-probs equal the reference to the last bit, because both see the same packing.
     """
-    if not table.exists():
+    if not ranks.from_first(table.exists):
         frozen = model()
-        tensors = {name: logprobs(frozen, data[name], parts[name]) for name in data}
+        tensors = {name: logprobs(frozen, data[name], turns[name].mine, turns[name].idle, ranks) for name in data}
         del frozen
-        draft = table.with_name(f".unfinished-{table.name}")
-        save_file(tensors, draft)
-        os.replace(draft, table)
+        if ranks.first:
+            draft = table.with_name(f".unfinished-{table.name}")
+            save_file(tensors, draft)
+            os.replace(draft, table)
+        ranks.gather(None)  # it is there
     with safe_open(table, framework="pt") as file:
         for name, dataset in data.items():
             values = file.get_tensor(name)
@@ -76,12 +83,24 @@ def fill(dataset: Dataset, values: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def logprobs(model: torch.nn.Module, dataset: Dataset, parts: list[list[int]]) -> torch.Tensor:
-    """Summed log-probs, float32 [examples, sequences of each], computed in the micro-batches `parts`."""
+def logprobs(
+    model: torch.nn.Module,
+    dataset: Dataset,
+    parts: list[list[int]],
+    idle: list[list[int]] = (),
+    ranks: Ranks = ALONE,
+) -> torch.Tensor:
+    """Summed log-probs, float32 [examples, sequences of each], computed in the micro-batches `parts` of all ranks.
+    `idle`: see train_step. A row in no micro-batch is NaN."""
     device = next(model.parameters()).device
     model.eval()
     out = torch.full((len(dataset), len(dataset.examples[0].sequences)), torch.nan)
     for part in parts:
         logprob = forward(model, dataset.batch(part).to(device), SFT()).logprob
         out[part] = logprob.float().cpu().view(len(part), -1)
+    for part in idle:
+        forward(model, dataset.batch(part).to(device), SFT())
+    own = sorted(row for part in parts for row in part)
+    for rows, values in ranks.gather((own, out[own])):
+        out[rows] = values
     return out
