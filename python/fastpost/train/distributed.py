@@ -30,12 +30,18 @@ import torch.distributed as dist
 
 TIMEOUT = timedelta(minutes=20)
 """How long a collective waits for a rank that is slow. Longer than any write to a disk, shorter than a night."""
-GRACE_S = 5
+GRACE_S = 5.0
 """Seconds that a rank has for a message of its own after another one has failed."""
+LOOK_S = 0.5
+"""How often a rank looks whether another one has failed."""
 
 
 class RankLost(OSError):
     """Another rank ended without a word (killed, out of memory, machine gone)."""
+
+
+class Elsewhere(SystemExit):
+    """Another rank failed and has said why; this one has nothing to add."""
 
 
 class Turns(NamedTuple):
@@ -52,6 +58,9 @@ class Ranks:
         self.rank, self.size, self.local = rank, size, local
         self.sharded = False
         self._store, self._told = store, 0
+        # torchrun's agent outlives its ranks and holds the store; without it the first rank does.
+        self._holds_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self._other_failed, self._over = False, threading.Event()
 
     @property
     def first(self) -> bool:
@@ -101,7 +110,7 @@ class Ranks:
     def _wait(self, ready: Callable[[], bool]) -> None:
         while not ready():
             if self._store.check(["failed"]):
-                raise SystemExit(1)
+                raise Elsewhere(1)
             time.sleep(0.02)
 
     # ---- agreements: small numbers, over gloo -------------------------------------------------------------------
@@ -146,23 +155,35 @@ class Ranks:
 
     # ---- the end ------------------------------------------------------------------------------------------------
 
+    def leave(self) -> None:
+        """The run is over on this rank. The one that holds the store stays until it is over on all."""
+        self._over.set()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self._store.add("left", 1)
+        if self._holds_store:
+            self._wait(lambda: self._store.add("left", 0) >= self.size)
+
     def failed(self, error: BaseException) -> BaseException | None:
         """Tell the others that this rank ends by `error`. Returns what to raise instead: nothing to print when another
-        rank has said the same or has failed before and so broke the connection; None = the error itself."""
+        rank has said the same, or has failed before and so broke the connection; None = the error itself."""
+        leave = threading.Timer(2 * GRACE_S, os._exit, (1,))  # a group with a dead member may never close by itself
+        leave.daemon = True
+        leave.start()
+        self._over.set()
+        before, repeated = self._other_failed, False
         try:
-            before = self._store.check(["failed"])
+            before |= self._store.check(["failed"])
             self._store.set("failed", str(self.rank))
             text = f"{type(error).__name__}: {error}"
             repeated = self._store.add(f"said/{hashlib.sha1(text.encode()).hexdigest()}", 1) > 1
-        except dist.DistError:  # the process that held the store is gone, so it ended before this one
-            before, repeated = True, False
-        leave = threading.Timer(GRACE_S, os._exit, (1,))  # a group with a dead member may never close by itself
-        leave.daemon = True
-        leave.start()
-        broken = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+            if self._holds_store:
+                time.sleep(2 * LOOK_S)  # the others need it to learn of this
+        except dist.DistError:
+            pass  # the process that held the store is gone
         if repeated or (before and isinstance(error, RuntimeError)):
-            return SystemExit(1)
-        if broken:
+            return Elsewhere(1)
+        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
             return RankLost(
                 f"[train] rank {self.rank} of {self.size}: another rank ended without a word (killed? out of memory?). "
                 "Start the same command again: it goes on from the newest checkpoint."
@@ -172,12 +193,14 @@ class Ranks:
     def _watch(self, store: dist.Store) -> None:
         """End this process soon after another one failed: a GPU that waits in NCCL for a dead rank never notices."""
         try:
-            while not store.check(["failed"]):
-                time.sleep(1)
+            while not (self._over.is_set() or store.check(["failed"])):
+                self._over.wait(LOOK_S)
         except dist.DistError:
-            return  # the end of the run, or of the process that held the store
-        time.sleep(GRACE_S)
-        os._exit(1)
+            return  # the process that held the store is gone, and with it all connections
+        if not self._over.is_set():
+            self._other_failed = True
+            if not self._over.wait(GRACE_S):
+                os._exit(1)
 
 
 ALONE = Ranks()
@@ -197,11 +220,13 @@ def join() -> Iterator[Ranks]:
     with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if ranks.first else nowhere):
         try:
             yield ranks
-        except SystemExit:
+        except Elsewhere:
+            raise
+        except SystemExit:  # asked to stop, all ranks at the same step
+            ranks.leave()
             raise
         except BaseException as error:
             if (other := ranks.failed(error)) is not None:
                 raise other from error
             raise
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        ranks.leave()

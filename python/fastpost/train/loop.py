@@ -141,7 +141,7 @@ def _train(cfg: Config, run: RunFolder, ranks: Ranks) -> None:
             }
             if step == 0:
                 log.say(initial_check(values["loss"], objective.initial_loss(), source, cfg.optim.precision))
-                if not ranks.sharded:
+                if batches and not ranks.sharded:
                     log.say(f"head   {schedule(model, batches[0].to(device), objective)}")
             log.step(step + 1, values, timing)
 
