@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import time
 
 USAGE = """usage: fastpost train RECIPE [--group.key VALUE ...]
 
@@ -26,7 +27,13 @@ def main(argv: list[str]) -> int:
             + "\n  --objective.FIELD of the objective, e.g. beta"
         )
         return 0
-    cfg = load_config(argv[0], argv[1:])
+    try:
+        cfg = load_config(argv[0], argv[1:])
+    except ValueError:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        time.sleep(1)  # torchrun stops all at the first that ends; the first of this machine says it for the others
+        return 1
 
     from fastpost.cli import fail
     from fastpost.train.device import unused_gpus

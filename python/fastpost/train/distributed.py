@@ -41,7 +41,8 @@ class RankLost(OSError):
 
 
 class Elsewhere(SystemExit):
-    """Another rank failed and has said why; this one has nothing to add."""
+    """Another rank failed and says why; this one has nothing to add. It leaves last: launchers stop all ranks at the
+    first that ends, the one that speaks included."""
 
 
 class Turns(NamedTuple):
@@ -221,12 +222,15 @@ def join() -> Iterator[Ranks]:
         try:
             yield ranks
         except Elsewhere:
+            time.sleep(3 * LOOK_S)
             raise
         except SystemExit:  # asked to stop, all ranks at the same step
             ranks.leave()
             raise
         except BaseException as error:
-            if (other := ranks.failed(error)) is not None:
-                raise other from error
-            raise
+            if (other := ranks.failed(error)) is None:
+                raise
+            if isinstance(other, Elsewhere):
+                time.sleep(3 * LOOK_S)
+            raise other from error
         ranks.leave()
