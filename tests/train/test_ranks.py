@@ -356,28 +356,6 @@ def test_a_loss_that_is_not_finite_is_said_once_and_names_the_row(tmp_path, kind
     assert text.count("[train] step 2: the loss is") == 1 and f"Data rows: {row}. The step was not taken" in text
 
 
-def test_no_collective_before_all_have_read_the_data(tmp_path):
-    """Rank 1 takes longer to tokenise than any collective may wait (here: than 1 s)."""
-    cfg = recipe(tmp_path, "ddp", max_steps=1)
-
-    def action():
-        from datetime import timedelta
-
-        from fastpost.train import distributed
-
-        distributed.TIMEOUT = timedelta(seconds=1)
-        load = loop.load_data
-
-        def slow(*args):
-            time.sleep(3 * int(os.environ["RANK"]))
-            return load(*args)
-
-        loop.load_data = slow
-        train(cfg)
-
-    assert launch.Forked(action).wait() == [0, 0]
-
-
 # ---- who computes what ---------------------------------------------------------------------------------------------
 
 
