@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import launch
 import runs
 import tiny
+from fastpost.data.collate import Example, Sequence, collate
 from fastpost.train import checkpoint, loop, metrics, step
 from fastpost.train.distributed import Ranks
 from fastpost.train.loop import train
@@ -110,6 +111,7 @@ def test_a_rank_without_rows_adds_nothing(tmp_path, kind, name):
         assert a.keys() == b.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_bf16_differs_by_noise_without_a_drift(tmp_path, kind):
     keys = {"epochs": 8, "save_every": 0, "eval_every": 0}
@@ -135,9 +137,57 @@ def test_recomputing_changes_no_bit(tmp_path, kind):
     assert curves[0] == curves[1] == curves[2]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters(tmp_path, kind):
+    """LoRA by peft, on the head, too: only adapters are trained, saved and added up; the frozen weights are sharded."""
+    import peft
+
+    from fastpost.hf import attention
+    from fastpost.objectives import SimPO
+    from fastpost.train.distributed import join
+    from fastpost.train.optim import AdamW
+    from fastpost.train.sharding import place
+
+    attention.register()
+
+    def sequence(i, k):
+        return Sequence([(j * k + i) % 300 for j in range(20 + i)], bytes(5) + bytes([1]) * (15 + i))
+
+    rows = [Example(i, (sequence(i, 7), sequence(i, 5))) for i in range(4)]
+
+    def action():
+        with join() as ranks:
+            ranks.connect(torch.device("cpu"))
+            torch.manual_seed(0)
+            model = tiny.model("llama", tie=False)
+            model.set_attn_implementation(attention.NAME)
+            lora = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj", "lm_head"], init_lora_weights=False)
+            model = place(peft.get_peft_model(model, lora), torch.device("cpu"), kind, ranks)
+            optimizer = AdamW(model, precision="fp32")
+            batches = [collate(rows[:2]), collate(rows[2:])][ranks.rank :: ranks.size]
+            found = []
+            for number in range(4):
+                values = step.train_step(
+                    model, SimPO(), optimizer, batches, step=number, lr=1e-3, max_grad_norm=None, ranks=ranks
+                )
+                found.append(values["loss"])
+            checkpoint.save(tmp_path / f"{kind}-{ranks.size}", 4, model, optimizer, ranks=ranks)
+            assert checkpoint.load(tmp_path / f"{kind}-{ranks.size}/step-000004", model, optimizer, ranks=ranks) == 4
+            names = {name for name in checkpoint.tensors(model, optimizer) if name.startswith("model.")}
+            assert len(names) == len(optimizer.parameters) == 10 and all("lora_" in name for name in names)
+            if ranks.first:
+                (tmp_path / f"losses-{ranks.size}").write_text(json.dumps(found))
+
+    for size in (1, 2):
+        assert launch.Forked(action, size).wait() == [0] * size
+    alone, two = (json.loads((tmp_path / f"losses-{size}").read_text()) for size in (1, 2))
+    assert two == pytest.approx(alone, abs=1e-6) and alone[-1] < alone[0]
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "pure-bf16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_resume_with_the_same_ranks_is_exact(tmp_path, kind, precision):
@@ -150,6 +200,7 @@ def test_resume_with_the_same_ranks_is_exact(tmp_path, kind, precision):
     assert runs.outcome(tmp_path / "cut") == runs.outcome(tmp_path / kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before,after", [("fsdp", "auto"), ("auto", "fsdp"), ("ddp", "fsdp"), ("fsdp", "ddp")])
 def test_resume_with_other_ranks(tmp_path, capfd, before, after):
     """Weights, remainders and moments are the same numbers whoever holds them; one line says so."""
@@ -217,6 +268,7 @@ def long_run(tmp, kind, **keys):
     return recipe(tmp, kind, epochs=6, save_every=0, eval_every=0, **keys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind,number", [("auto", signal.SIGTERM), ("auto", signal.SIGINT), ("fsdp", signal.SIGTERM)])
 def test_asked_to_stop(tmp_path, capfd, kind, number):
     """A signal to one rank stops all of them after the same step, with a checkpoint; then the run goes on."""

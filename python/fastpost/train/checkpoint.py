@@ -76,6 +76,7 @@ def save(folder: Path, step: int, model: torch.nn.Module, optimizer, *, keep: in
     if ranks.first:
         for old in checkpoints(folder)[:-keep]:
             _remove(old)
+    ranks.gather(None)  # for the others it is complete, too, when this returns
     return final
 
 

@@ -69,7 +69,8 @@ def shard(model: torch.nn.Module, device: torch.device, ranks: Ranks) -> torch.n
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # the loss is divided by the global count already
             module.set_force_sum_reduction_for_comms(True)  # an exact sum, and gloo has no other
-            module.set_reduce_scatter_unused_params(True)  # ranks must agree on what is reduced
+    if hasattr(model, "set_reduce_scatter_unused_params"):  # newer torch: an expert that one rank did not use is zero
+        model.set_reduce_scatter_unused_params(True)
     setattr(model, forward.SHARDED, MethodType(forward.compute, model))
     register_fsdp_forward_method(model, forward.SHARDED)
     return model
