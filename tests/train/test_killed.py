@@ -55,10 +55,9 @@ def kill(cfg, size, draw, in_checkpoint):
     while run.running() and not any(folder.glob(".unfinished-step-*")) if in_checkpoint else time.monotonic() < moment:
         time.sleep(0.001)
     time.sleep(draw.uniform(0, 0.1) if in_checkpoint else 0)
-    if killed := run.running():
+    if run.running():
         run.send(signal.SIGKILL, rank=draw.choice([None, *range(size)]) if size > 1 else None)
-    assert -signal.SIGKILL in run.wait() or not killed  # the others leave by themselves
-    return killed
+    return -signal.SIGKILL in run.wait()  # one that was not killed leaves by itself; an alarm ends it if it does not
 
 
 @pytest.mark.slow
