@@ -57,7 +57,12 @@ def kill(cfg, size, draw, in_checkpoint):
     time.sleep(draw.uniform(0, 0.1) if in_checkpoint else 0)
     if run.running():
         run.send(signal.SIGKILL, rank=draw.choice([None, *range(size)]) if size > 1 else None)
-    return -signal.SIGKILL in run.wait()  # one that was not killed leaves by itself; an alarm ends it if it does not
+    # The others leave by themselves once they are connected; before that, and in the end, torchrun would stop them.
+    patience = time.monotonic() + 8
+    while run.running() and time.monotonic() < patience:
+        time.sleep(0.01)
+    run.send(signal.SIGKILL)
+    return -signal.SIGKILL in run.wait()
 
 
 @pytest.mark.slow
