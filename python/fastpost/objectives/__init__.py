@@ -31,8 +31,8 @@ from .reward import BradleyTerry
 from .simpo import CPO, ORPO, SFT, TPO, AlphaPO, SimPO
 from .two_part import TwoPartSFT
 
-__all__ = ["ALL", "BCO", "BY_NAME", "CPO", "DPO", "DPOP", "DPO_LOSS_TYPES", "GRPO", "INPO", "IPO", "KINDS", "KTO", "LEVELS",
-           "LNDPO", "ORPO", "POLICY_KINDS", "RDPO", "REBEL", "REFUEL", "SFT", "TPO", "XPO", "AlphaPO", "BradleyTerry",
+__all__ = ["ALL", "BCO", "BY_NAME", "CPO", "DPO", "DPOP", "DPO_LOSS_TYPES", "GRPO", "INPO", "IPO", "KINDS", "KTO",
+           "LEVELS", "LNDPO", "ORPO", "POLICY_KINDS", "RDPO", "REBEL", "REFUEL", "SFT", "TPO", "XPO", "AlphaPO", "BradleyTerry",
            "Objective", "Sequences", "SimPO", "TwoPartSFT", "from_name", "group_advantage",
            "leave_one_out_advantage"]  # fmt: skip
 
