@@ -48,8 +48,8 @@ def test_a_mean_of_means_would_be_seen(tmp_path, monkeypatch):
     def wrong_step(model, objective, optimizer, batches, **keywords):
         counts = [float(objective.count(lengths(b))) for b in batches]
 
-        def forward(model, batch, objective):
-            output = right_forward(model, batch, objective)
+        def forward(model, batch, objective, temperature):
+            output = right_forward(model, batch, objective, temperature)
             own = float(objective.count(lengths(batch)))
             return output._replace(losses=output.losses * (sum(counts) / (len(counts) * own)))
 

@@ -356,7 +356,7 @@ def test_the_same_mistake_is_said_once(tmp_path):
     recipe_path = tmp_path / "recipe.yaml"
     recipe_path.write_text(recipe_path.read_text().replace(str(tmp_path / "train.jsonl"), "none.jsonl"))
     codes, text = fails(tmp_path, lambda: None)
-    assert codes == [1, 1] and text.count("none.jsonl: no such data file") == 1
+    assert codes == [1, 1] and text.count("got none.jsonl, and there is no such file") == 1
     (tmp_path / "ddp" / "config.yaml").unlink()
     (tmp_path / "ddp" / "thesis.tex").write_text("ten years of work")
     codes, text = fails(tmp_path, lambda: None)  # only the first rank looks
@@ -396,10 +396,11 @@ def test_a_loss_that_is_not_finite_is_said_once_and_names_the_row(tmp_path, kind
     def action():
         attach = loop.reference.attach
 
-        def bad(data, *args):
-            attach(data, *args)
-            example = data["train"].examples[row]
-            data["train"].examples[row] = loop.reference.replace(example, reference_logprob=(float("inf"), 0.0))
+        def bad(cfg, sources, data, *args, **options):
+            attach(cfg, sources, data, *args, **options)
+            values = torch.tensor([example.reference_logprob for example in data["train"].examples])
+            values[row, 0] = torch.inf
+            data["train"].examples.put("reference_logprob", values)
 
         loop.reference.attach = bad
 

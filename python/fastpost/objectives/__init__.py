@@ -32,9 +32,9 @@ from .simpo import CPO, ORPO, SFT, TPO, AlphaPO, SimPO
 from .two_part import TwoPartSFT
 
 __all__ = ["ALL", "BCO", "BY_NAME", "CPO", "DPO", "DPOP", "DPO_LOSS_TYPES", "GRPO", "INPO", "IPO", "KINDS", "KTO",
-           "LEVELS", "LNDPO", "ORPO", "POLICY_KINDS", "RDPO", "REBEL", "REFUEL", "SFT", "TPO", "XPO", "AlphaPO", "BradleyTerry",
-           "Objective", "Sequences", "SimPO", "TwoPartSFT", "from_name", "group_advantage",
-           "leave_one_out_advantage"]  # fmt: skip
+           "LEVELS", "LNDPO", "ORPO", "POLICY_KINDS", "RDPO", "REBEL", "REFUEL", "SFT", "TPO", "XPO",
+           "AlphaPO", "BradleyTerry", "Objective", "Sequences", "SimPO", "TwoPartSFT", "from_name",
+           "group_advantage", "leave_one_out_advantage"]  # fmt: skip
 
 _COMPILED = (SFT, DPO, IPO, SimPO, CPO, ORPO, KTO, LNDPO, INPO, REBEL, REFUEL, BCO, XPO, AlphaPO, RDPO, DPOP)
 ALL.update({cls.__name__.lower(): cls for cls in _COMPILED})

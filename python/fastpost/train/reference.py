@@ -217,7 +217,8 @@ def _find_or_make(
     for name, dataset in data.items():
         entry, what = _entry(column, name), f"{FIELDS[column]} = {source}: log-probs of {len(dataset)} {name} rows"
         if store is not None:
-            how = (device, dtype, cfg.model.attention, _route(cfg, source), dataset.share_prompt, parts[name])
+            route = f"{_route(cfg, source)} {ranks.sharded}"  # a sharded head sums in another order
+            how = (device, dtype, cfg.model.attention, route, dataset.share_prompt, parts[name])
             files[name] = store / cache.file_name(contents[entry], *how)
             values[entry] = cache.read(files[name], len(dataset))
         if not all(ranks.gather(values.get(entry) is not None)):  # they may look at different moments
