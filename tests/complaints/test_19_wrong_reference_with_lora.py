@@ -7,7 +7,6 @@ adapter goes on training, the reference is that adapter, frozen. `auto` and `sta
 """
 
 import pytest
-import torch
 
 from fastpost.hf import adapter
 from fastpost.objectives import DPO
@@ -18,12 +17,7 @@ from train import runs
 LN_2 = 0.6931471805599453
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -21,12 +21,7 @@ LORA = ["--model.lora.rank", "4", "--model.lora.alpha", "32"]
 WHOLE = ["--model.lora.train_embeddings", "true", "--model.lora.train_head", "true"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,7 @@ from fastpost.cli import main
 from fastpost.train import checkpoint, jsonl, memory
 from fastpost.train.loop import train
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def dry(tmp_path, capsys, *overrides, status=0):

@@ -16,12 +16,7 @@ from fastpost.train.optim import AdamW
 pytest.importorskip("bitsandbytes", reason="an extra: pip install 'fastpost[adamw8bit]'")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(torch.nn.Module):

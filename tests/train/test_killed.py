@@ -8,20 +8,13 @@ import time
 
 import pytest
 import safetensors.torch
-import torch
 
 import launch
 import runs
 from fastpost.train import checkpoint
 from fastpost.train.loop import train
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def slow_disk():

@@ -18,13 +18,7 @@ from fastpost.train.loop import initial_check, train
 from fastpost.train.metrics import RunLog, Sums
 from fastpost.train.step import NotFinite
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def poison(path, name="model.layers.1.mlp.up_proj.weight", value=float("nan")):

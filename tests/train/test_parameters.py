@@ -19,13 +19,7 @@ from fastpost.train.optim import AdamW
 from fastpost.train.parameters import Parameters
 from fastpost.train.run_folder import RunFolder
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def model(layers=6, **options):

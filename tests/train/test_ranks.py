@@ -23,12 +23,7 @@ from fastpost.train.plan import even
 KINDS = ("ddp", "fsdp")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def recipe(tmp, kind, *overrides, name="dpo", precision="fp32", model=None, out=None, **train_keys):

@@ -17,13 +17,7 @@ from fastpost.train import checkpoint, loop, metrics, reference
 from fastpost.train.forward import forward
 from fastpost.train.loop import train
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(tmp, name, *overrides, **groups):

@@ -15,13 +15,7 @@ from fastpost.train.config import DataConfig, LogConfig
 from fastpost.train.loop import train
 from fastpost.train.samples import Samples, brief, undisturbed
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 DROPOUT = {"attention_dropout": 0.2}

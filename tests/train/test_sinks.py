@@ -9,20 +9,13 @@ import sys
 import types
 
 import pytest
-import torch
 
 import runs
 from fastpost.cli import main
 from fastpost.train import checkpoint, jsonl, sinks
 from fastpost.train.loop import train
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

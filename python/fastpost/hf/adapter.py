@@ -16,8 +16,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
-import shutil
 import warnings
 from pathlib import Path
 
@@ -201,12 +199,7 @@ def save(
     """Write the adapter of `model` as a peft folder, with the tokenizer files of folder `tokenizer` (None = base) byte
     for byte. dtype None = as the tensors are. Written beside `out` and renamed, so it is whole or absent."""
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: already exists and is not empty; nothing is overwritten. Choose another folder.")
-    aside = out.with_name(out.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with folder.written_aside(out) as aside:
         whole = ((k, folder.whole(v.detach())) for k, v in tensors_of(model).items())
         tensors = {k: v.to("cpu", dtype, copy=True).contiguous() for k, v in whole}
         save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
@@ -221,12 +214,6 @@ def save(
         (aside / CONFIG).write_text(text + "\n", encoding="utf-8")
         folder.copy_tokenizer(Path(tokenizer or base), aside)
         (aside / WEIGHTS).chmod((aside / CONFIG).stat().st_mode & 0o777)
-        if out.exists():
-            out.rmdir()
-        os.replace(aside, out)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     return out
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,6 +134,29 @@ def load_model(
     return model
 
 
+def expect_new(out: Path) -> None:
+    """Raise ValueError when `out` exists and is not an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: already exists and is not empty; nothing is overwritten. Choose another folder.")
+
+
+@contextmanager
+def written_aside(out: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` at the end: `out` is whole or absent. Raises as expect_new does."""
+    expect_new(out)
+    aside = out.with_name(out.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        if out.exists():
+            out.rmdir()
+        os.replace(aside, out)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
 def save_folder(
     model, source: str | Path, out: str | Path, dtype: torch.dtype | None = None, *, unchanged: Collection[str] = ()
 ) -> Path:
@@ -143,12 +167,7 @@ def save_folder(
     absent. Of a sharded model one rank calls this while the others call `give_parts`. Raises ValueError when `out`
     exists and is not empty."""
     source, out = _checked(source), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: already exists and is not empty; nothing is overwritten. Choose another folder.")
-    aside = out.with_name(out.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with written_aside(out) as aside:
         with waiting(f"save {out}", lambda: _written(aside), _size(model, source, dtype), "MB"):
             _write_weights(model, source, aside, dtype, unchanged)
         for file in source.iterdir():
@@ -159,12 +178,6 @@ def save_folder(
             _set_config_dtype(aside / "config.json", dtype)
         for file in aside.glob("*.safetensors"):  # written for the owner alone, unlike every other file
             file.chmod((aside / "config.json").stat().st_mode & 0o777)
-        if out.exists():
-            out.rmdir()
-        os.replace(aside, out)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     return out
 
 

@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -104,16 +102,12 @@ def transplant_folder(
     """Write `model` with the vocabulary of folder `tokenizer` to `out`; returns a line on what was copied, averaged and
     filled. Every other weight and file is copied as it is. Raises ValueError when `out` is not empty."""
     source = folder.locate(model).base
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: already exists and is not empty; nothing is overwritten. Choose another folder.")
+    folder.expect_new(out)
     old, new = folder.load_tokenizer(model), folder.load_tokenizer(tokenizer)
     mixes = by_text(old, new) if tree is None else by_map(tree, old, new)
     unknown = next((t for t in (old.unk_token_id, old.bos_token_id, old.eos_token_id) if t is not None), 0)
     ends = _ends(source)
-    aside = out.with_name(out.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with folder.written_aside(out) as aside:
         found, size = set(), 0
         for file in folder.weight_files(source):
             with safe_open(file, "pt") as stored:
@@ -129,12 +123,6 @@ def transplant_folder(
             if file.suffix == ".json" and file.name not in folder.TOKENIZER_FILES:
                 _write_json(file, aside / file.name, new, len(mixes), size)
         folder.copy_tokenizer(folder.locate_tokenizer(tokenizer), aside)
-        if out.exists():
-            out.rmdir()
-        os.replace(aside, out)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     kinds = [len(m) for m in mixes]
     return (
         f"{len(old)} -> {len(mixes)} tokens: {kinds.count(1)} rows copied, {sum(k > 1 for k in kinds)} averaged, "
