@@ -17,6 +17,7 @@ Options:
 
 
 def main(argv: list[str]) -> int:
+    from fastpost.cli.built_in import resolve
     from fastpost.train.config import field_names, load_config
 
     if not argv or argv[0] in ("-h", "--help"):
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> int:
     dry, argv = "--dry-run" in argv, [a for a in argv if a != "--dry-run"]
     if not argv:
         raise ValueError("train: --dry-run: expected a recipe, got none. Write: fastpost train RECIPE --dry-run")
-    cfg = load_config(argv[0], argv[1:])
+    cfg = resolve(load_config(argv[0], argv[1:]))
 
     import torch
 
