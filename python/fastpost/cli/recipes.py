@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
 
 def recipes() -> dict[str, Path]:
     """Every recipe by its name, those for GPUs as NAME-gpu."""
-    return {file.stem: file for file in sorted(FOLDER.glob("*.yaml"))}
+    return {file.stem: file for file in sorted(FOLDER.glob("*.yaml"), key=lambda file: file.stem)}
 
 
 def listing() -> list[str]:
