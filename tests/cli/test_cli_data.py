@@ -40,7 +40,7 @@ def test_shows_what_the_model_will_see(recipe, capsys, tmp_path):
     assert shown.count("row ") == 6 and "row 0 chosen (" in shown and "row 2 rejected (" in shown
     answer = rows[0]["chosen"][0]["content"]
     assert f"<|im_start|>assistant\n  [[{answer}<|im_end|>]]" in shown
-    ids = shown.split("\n")[1].split()
+    ids = next(line for line in shown.split("\n") if line.startswith("  ids ")).split()
     assert ids[0] == "ids" and ids[9] == "..." and len(ids) == 18 and ids[1] == "1" and ids[-1] == "2"
 
 

@@ -148,8 +148,7 @@ MISTAKES = [
             argv=other("--objective.beta", "-1")),
     Mistake("no reference", "model.reference", "needs log-probs of a reference", "'none'", "Use start",
             argv=other("--objective.name", "dpo", "--model.reference", "none")),
-    Mistake("reference that is no folder", "nowhere", "Expected a local Hugging Face folder", "no such folder",
-            "hf download",
+    Mistake("reference that is no folder", "model.reference", "the folder of a model", "'nowhere'", "Correct the path",
             argv=other("--objective.name", "dpo", "--model.reference", "nowhere")),
     # ---- the data ----
     Mistake("no data file", "data.train", "expected a .jsonl, .json or .parquet file", "nowhere.jsonl", "path",

@@ -63,15 +63,15 @@ def test_dpo_begins_at_ln_2(tmp_path, way, precision, capsys):
     assert "expected 0.693147" in line and line.endswith("ok")
 
 
-def another_precision(model, dataset, parts, temperature):
+def another_precision(model, dataset, parts, temperature, *ranks):
     return plain(copy.deepcopy(model).float(), dataset, parts, temperature)
 
 
-def stored_in_half_precision(model, dataset, parts, temperature):
+def stored_in_half_precision(model, dataset, parts, temperature, *ranks):
     return plain(model, dataset, parts, temperature).bfloat16().float()
 
 
-def other_tokens_scored(model, dataset, parts, temperature):
+def other_tokens_scored(model, dataset, parts, temperature, *ranks):
     """The end of the turn is left out, as where a mask comes from comparing ids with a padding token that is EOS."""
     cut = copy.copy(dataset)
     cut.examples = [
@@ -81,12 +81,12 @@ def other_tokens_scored(model, dataset, parts, temperature):
     return plain(model, cut, parts, temperature)
 
 
-def means_for_sums(model, dataset, parts, temperature):
+def means_for_sums(model, dataset, parts, temperature, *ranks):
     lengths = torch.tensor([[s.trained.count(1) for s in e.sequences] for e in dataset.examples])
     return plain(model, dataset, parts, temperature) / lengths
 
 
-def another_temperature(model, dataset, parts, temperature):
+def another_temperature(model, dataset, parts, temperature, *ranks):
     return plain(model, dataset, parts, 0.8 * temperature)
 
 

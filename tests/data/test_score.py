@@ -155,7 +155,7 @@ def test_what_other_settings_wrote_is_not_continued(recipe, tmp_path, monkeypatc
         ({"text": "a"}, ["--ngram", "x", "--order", "0"], "--order: expected a whole number of at least 1, got '0'."),
         ({"text": "a"}, ["--ngram"], "command line: --ngram has no value."),
         ({"text": "a"}, ["--data.train", "[{path: a}]"], "Score one file at a time: --data.train FILE."),
-        ({"text": "a"}, ["--data.train", "none.jsonl"], "none.jsonl: no such data file."),
+        ({"text": "a"}, ["--data.train", "none.jsonl"], ".jsonl, .json or .parquet file, got no such file"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(recipe, tmp_path, capsys, row, arguments, expected):

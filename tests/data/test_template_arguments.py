@@ -72,7 +72,7 @@ def test_parquet_fills_no_fields_in(tmp_path):
     "row, expected",
     [
         ({"tools": {"a": 1}}, "d.jsonl:1: column 'tools': expected a list or JSON of one, got dict"),
-        ({"tools": "[{"}, "d.jsonl:1: column 'tools': broken JSON"),
+        ({"tools": "[{"}, "d.jsonl:1: column 'tools': expected JSON, got broken JSON"),
         ({"chat_template_kwargs": "[]"}, "column 'chat_template_kwargs': expected an object or JSON of one, got list"),
         (
             {"chat_template_kwargs": {"add_generation_prompt": True}},

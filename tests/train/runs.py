@@ -92,3 +92,11 @@ def killed_at(cfg: Config, module, name: str, call: int, *, after: bool = False)
 def outcome(run: Path) -> dict[str, bytes]:
     """What must not depend on interruptions: metrics and final weights, as bytes."""
     return {name: (run / name).read_bytes() for name in ("metrics.jsonl", "model/model.safetensors")}
+
+
+def stored(path, kind: str) -> dict:
+    """The tensors of a checkpoint by name: "model", "optimizer" or "random"."""
+    from fastpost.train import checkpoint
+
+    names = [name for name in checkpoint.contents(path) if name.startswith(f"{kind}.")]
+    return dict(zip((name.partition(".")[2] for name in names), checkpoint.read(path, names), strict=True))

@@ -45,9 +45,9 @@ def test_it_learns_and_writes_only_the_adapter(finished):
     rows = [r for r in metrics.read(finished / "run/metrics.jsonl") if "loss" in r]
     assert rows[0]["loss"] == pytest.approx(0.6931471805599453, abs=1e-7) and rows[-1]["loss"] < 0.6
     assert not (finished / "run/model").exists()
-    kept = load_file(finished / "run/checkpoints/step-000004/model.safetensors")
+    kept = runs.stored(finished / "run/checkpoints/step-000004", "model")
     assert all("lora_" in name or "modules_to_save" in name for name in kept)
-    state = load_file(finished / "run/checkpoints/step-000004/optimizer.safetensors")
+    state = runs.stored(finished / "run/checkpoints/step-000004", "optimizer")
     assert {n.partition(".")[2] for n in state if n.startswith("exp_avg.")} == set(kept)
     assert sum(n.startswith("remainder.") for n in state) == len(kept)  # float32 masters
     wide = load_file(finished / "run/adapter/adapter_model.safetensors")
@@ -214,7 +214,7 @@ def test_training_with_lora_is_training_with_peft_alone(tmp_path):
     torch.manual_seed(cfg.train.seed)
     base = folder.load_model(tmp_path / "model", attention_name="sdpa")
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=32, target_modules="all-linear")).train()
-    data = loop.load_data(cfg, fastpost_dpo(), {"reference_logprob": "start"})["train"]
+    data = loop.load_data(cfg, tiny.tokenizer(), fastpost_dpo(), {"reference_logprob": "start"})["train"]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, weight_decay=0.0)
 
     def margin():

@@ -56,7 +56,9 @@ def test_flops_are_those_of_the_steps(tmp_path, capsys):
     from fastpost.train.loop import load_data
     from fastpost.train.plan import Plan
 
-    data = load_data(cfg, folder.load_tokenizer(cfg.model.path), objectives.from_name("dpo"), "start")
+    data = load_data(
+        cfg, folder.load_tokenizer(cfg.model.path), objectives.from_name("dpo"), {"reference_logprob": "start"}
+    )
     plan, f = Plan(cfg, data["train"]), Flops(folder.load_model(cfg.model.path))
     exact = sum(f([data["train"].batch(part)]) for step in range(plan.steps) for part in plan.parts(step))
     out = dry(tmp_path, capsys, "--train.epochs", "1")
@@ -130,7 +132,7 @@ def test_recomputation_and_precision_show_in_the_estimate(tmp_path):
     def guess(*overrides, micro_batches=1):
         cfg = runs.recipe(tmp_path, "--data.eval", "none", *overrides)
         tokenizer = folder.load_tokenizer(cfg.model.path)
-        data = load_data(cfg, tokenizer, objectives.from_name("dpo"), "start")["train"]
+        data = load_data(cfg, tokenizer, objectives.from_name("dpo"), {"reference_logprob": "start"})["train"]
         model = memory.shape_model(cfg.model.path, {"fp32": torch.float32}.get(cfg.optim.precision, torch.bfloat16))
         return memory.estimate(model, cfg, data.batch(Plan(cfg, data).rows(0)), micro_batches, torch.device("cpu"))
 

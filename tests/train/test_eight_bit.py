@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import runs
 from fastpost.train import checkpoint, loop, metrics, moments
@@ -130,7 +129,7 @@ def test_rows_without_a_gradient_stay_finite():
 def test_a_run_resumes_to_the_bit(tmp_path):
     big = {"hidden_size": 64, "intermediate_size": 128}
     train(runs.recipe(tmp_path, "--optim.name", "adamw8bit", model=big))
-    saved = load_file(checkpoint.latest(tmp_path / "run/checkpoints") / "optimizer.safetensors")
+    saved = runs.stored(checkpoint.latest(tmp_path / "run/checkpoints"), "optimizer")
     name = "model.layers.0.mlp.up_proj.weight"
     assert saved[f"exp_avg.{name}"].dtype == torch.uint8 and saved[f"exp_avg_scale.{name}"].shape == (32,)
     assert saved["exp_avg.model.embed_tokens.weight"].dtype == torch.float32

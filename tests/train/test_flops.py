@@ -180,7 +180,7 @@ def test_the_logged_numbers_belong_together(tmp_path, monkeypatch):
     from fastpost.train.plan import Plan
 
     tokenizer = folder.load_tokenizer(cfg.model.path)
-    data = load_data(cfg, tokenizer, objectives.from_name("dpo"), "start")
+    data = load_data(cfg, tokenizer, objectives.from_name("dpo"), {"reference_logprob": "start"})
     plan = Plan(cfg, data["train"])
     f = Flops(folder.load_model(cfg.model.path))
     for step, t in enumerate(timing):

@@ -254,7 +254,8 @@ def test_data_asks_for_the_columns_that_are_not_computed(tmp_path):
     with pytest.raises(ValueError, match="column 'previous_chosen_logps' is missing"):
         run(tmp_path, "a", objective={"name": "rebel"})
     run(tmp_path, "b", "--model.previous", "start", objective={"name": "rebel"})
-    values = loop.load_data(runs.recipe(tmp_path), objectives.REBEL(), {"previous_logprob": "start"})["train"]
+    values = loop.load_data(runs.recipe(tmp_path), tiny.tokenizer(), objectives.REBEL(), {"previous_logprob": "start"})
+    values = values["train"]
     assert values.examples[0].previous_logprob is None
 
 

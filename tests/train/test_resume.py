@@ -9,8 +9,9 @@ import sys
 import time
 
 import pytest
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import runs
 from fastpost.hf import folder
@@ -20,7 +21,8 @@ from fastpost.train.optim import AdamW
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread(monkeypatch):
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 250e3)  # two files a checkpoint
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -61,11 +63,11 @@ POINTS = {
     "in step 6, the last": (loop, "train_step", 6, True),
     "in the reference pass": (loop.reference, "save_file", 1, False),
     "in an evaluation": (loop, "evaluate", 2, False),
-    "first checkpoint, nothing written": (checkpoint, "save_file", 1, False),
-    "first checkpoint, half written": (checkpoint, "save_file", 2, False),
+    "first checkpoint, nothing written": (safetensors.torch, "save", 1, False),
+    "first checkpoint, half written": (safetensors.torch, "save", 2, False),
     "first checkpoint, before the rename": (checkpoint.os, "rename", 1, False),
     "first checkpoint, after the rename": (checkpoint.os, "rename", 1, True),
-    "second checkpoint, half written": (checkpoint, "save_file", 4, False),
+    "second checkpoint, half written": (safetensors.torch, "save", 4, False),
     "deleting the first checkpoint": (checkpoint.shutil, "rmtree", 1, False),
     "writing the final model": (folder, "save_file", 1, True),
     "writing config.yaml": (run_folder.checkpoint.os, "replace", 1, False),
@@ -164,15 +166,16 @@ def test_full_disk_in_the_second_checkpoint(unbroken, tmp_path):
     def breaks():
         calls = 0
 
-        def full(tensors, path):
+        save = safetensors.torch.save
+
+        def full(*args, **kwargs):
             nonlocal calls
             calls += 1
-            if calls == 4:  # the second file of the second checkpoint; leave a part of it behind, as a full disk does
-                path.write_bytes(b"\0" * 1000)
-                raise OSError(28, "No space left on device", str(path))
-            return save_file(tensors, path)
+            if calls == 4:  # the second file of the second checkpoint
+                raise OSError(28, "No space left on device")
+            return save(*args, **kwargs)
 
-        checkpoint.save_file = full
+        safetensors.torch.save = full
 
     message = run_until_the_disk_fails(cfg, breaks)
     first = tmp_path / "run/checkpoints/step-000002"
@@ -219,31 +222,45 @@ def saved(unbroken, tmp_path):
 
 
 def test_no_pickle_in_a_checkpoint(saved):
-    assert sorted(p.name for p in saved[0].iterdir()) == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    files = sorted(p.name for p in saved[0].iterdir())
+    assert files == [*(f"shard-00001-model-0000{i}-of-00002.safetensors" for i in (1, 2)), "state.json"]
+
+
+def damage(path, name, change):
+    """Rewrite the file that holds tensor `name` with change(tensors) and the header it had."""
+    for file in path.glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            with safetensors.safe_open(file, "pt") as opened:
+                header = opened.metadata()
+            safetensors.torch.save_file(change(tensors), file, header)
+            return
+    raise AssertionError(name)
 
 
 def test_damaged_checkpoint_is_named(saved):
     path, model, optimizer = saved
-    file = path / "optimizer.safetensors"
+    file = path / "shard-00001-model-00002-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(
         checkpoint.CheckpointError, match=r"step-000003: cannot be loaded: .*Delete that folder to go on"
     ):
         checkpoint.load(path, model, optimizer)
+    file.unlink()
+    with pytest.raises(checkpoint.CheckpointError, match=r"step-000003: cannot be loaded: it lacks"):
+        checkpoint.load(path, model, optimizer)
 
 
 def test_checkpoint_of_another_model_is_refused(saved):
     path, model, optimizer = saved
-    tensors = load_file(path / "model.safetensors")
-    name = "model.norm.weight"
-    save_file(tensors | {name: tensors[name].float()}, path / "model.safetensors")
+    name = "model.model.norm.weight"
+    damage(path, name, lambda tensors: tensors | {name: tensors[name].float()})
     with pytest.raises(
         checkpoint.CheckpointError, match=r"model.norm.weight: expected bfloat16 \[32\], got float32 \[32\]"
     ):
         checkpoint.load(path, model, optimizer)
-    del tensors[name]
-    save_file(tensors, path / "model.safetensors")
-    with pytest.raises(checkpoint.CheckpointError, match=r"lacks 'model.norm.weight' \(1 in all\)"):
+    damage(path, name, lambda tensors: {key: value for key, value in tensors.items() if key != name})
+    with pytest.raises(checkpoint.CheckpointError, match=r"lacks 'model.model.norm.weight' \(1 in all\)"):
         checkpoint.load(path, model, optimizer)
 
 
@@ -251,5 +268,5 @@ def test_newer_format_is_refused(saved):
     path, model, optimizer = saved
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps(state | {"format": 99}))
-    with pytest.raises(checkpoint.CheckpointError, match="format 99, this version reads 1"):
+    with pytest.raises(checkpoint.CheckpointError, match="format 99, this version reads 2"):
         checkpoint.load(path, model, optimizer)

@@ -9,9 +9,12 @@ line on stderr. The run's own config.yaml then has the paths."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastpost.train.config import Config
@@ -43,10 +46,11 @@ def model(name: str, field: str) -> Path:
 
     if name != MODEL:
         raise ValueError(f"{field}: expected {MODEL}, the one model that is built in, got {name}.")
-    if not (smollm2.cache_dir() / f"{smollm2.NAME}-{smollm2.VERSION}").is_dir():
-        _say(f"{field}: fetching {smollm2.NAME} once (93 MB, then 270 MB in {smollm2.cache_dir()})")
     try:
-        return smollm2.fetch()
+        with _alone(smollm2.cache_dir()):
+            if not (smollm2.cache_dir() / f"{smollm2.NAME}-{smollm2.VERSION}").is_dir():
+                _say(f"{field}: fetching {smollm2.NAME} once (93 MB, then 270 MB in {smollm2.cache_dir()})")
+            return smollm2.fetch()
     except (ValueError, OSError) as error:
         raise ValueError(
             f"{field}: {name}: cannot be made here: {error} When you have it, or any other model: --{field} FOLDER."
@@ -69,15 +73,16 @@ def data(name: str, field: str) -> str:
         )
     folder = cache_dir() / f"word-problems-{_code()}"
     path = folder / form / file
-    if not path.is_file():
-        try:
-            forms.write(folder, form, split)
-        except OSError as error:
-            raise ValueError(
-                f"{field}: {name}: cannot be written here: {error}. Write it elsewhere and name it: python -m "
-                f"fastpost.data.word_problem_forms DATA, then --{field.partition('[')[0]} DATA/{form}/{file}"
-            ) from None
-        _say(f"{field}: made {path}")
+    try:
+        with _alone(cache_dir()):
+            if not path.is_file():
+                forms.write(folder, form, split)
+                _say(f"{field}: made {path}")
+    except OSError as error:
+        raise ValueError(
+            f"{field}: {name}: cannot be written here: {error}. Write it elsewhere and name it: python -m "
+            f"fastpost.data.word_problem_forms DATA, then --{field.partition('[')[0]} DATA/{form}/{file}"
+        ) from None
     return str(path)
 
 
@@ -88,6 +93,15 @@ def _code() -> str:
 
     modules = (word_problem_families, word_problem_forms, word_problems)
     return hashlib.sha256(b"".join(Path(m.__file__).read_bytes() for m in modules)).hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process of a machine at a time: ranks that start together make things once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock-built-in", "a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 def _say(text: str) -> None:

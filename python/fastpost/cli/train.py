@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import time
 
 USAGE = """usage: fastpost train RECIPE [--group.key VALUE ...]
        fastpost train RECIPE --dry-run      check settings and data, estimate memory and cost, try a step; write nothing
@@ -12,6 +14,8 @@ USAGE = """usage: fastpost train RECIPE [--group.key VALUE ...]
 
 Trains and writes the run folder (train.output_dir, default runs/NAME-OF-RECIPE): config.yaml, metrics.jsonl,
 timing.jsonl, loss.png, checkpoints/ and model/, a Hugging Face folder. The same command resumes an interrupted run.
+SIGTERM or Ctrl-C: the step is finished, a checkpoint written, the status is 143 or 130. Several GPUs or processes:
+torchrun --nproc-per-node N -m fastpost train RECIPE ...
 Options:
 """
 
@@ -35,13 +39,23 @@ def main(argv: list[str]) -> int:
     dry, argv = "--dry-run" in argv, [a for a in argv if a != "--dry-run"]
     if not argv:
         raise ValueError("train: --dry-run: expected a recipe, got none. Write: fastpost train RECIPE --dry-run")
-    cfg = resolve(load_config(argv[0], argv[1:]))
+    try:
+        cfg = resolve(load_config(argv[0], argv[1:]))
+    except ValueError:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        time.sleep(1)  # torchrun stops all at the first that ends; the first of this machine says it for the others
+        return 1
 
     import torch
 
     from fastpost.cli import fail
+    from fastpost.train.device import unused_gpus
     from fastpost.train.step import NotFinite
 
+    if "WORLD_SIZE" not in os.environ and (gpus := unused_gpus(cfg.train.device)):
+        again = f"torchrun --nproc-per-node {gpus} -m fastpost train {shlex.join(argv)}"
+        print(f"{gpus} GPUs are visible and one is used. For all of them: {again}", flush=True)
     try:
         if dry:
             from fastpost.cli.dry_run import dry_run

@@ -203,7 +203,10 @@ def _read(cfg: DataConfig, tokenizer, objective, require: tuple[str, ...]) -> tu
                 examples.append(Example(row.index, sequences, **values))
     report.translated = translate.notes
     if not examples:
-        raise ValueError(f"{path}: every row was dropped: {report.line()}. Look at it with `fastpost data`.")
+        raise ValueError(
+            f"{path}: every row was dropped: {report.line()}. Raise data.max_length or correct the rows; "
+            "`fastpost data` shows them."
+        )
     table = examples.table()
     _account(report, Examples([table]), encoder)
     return table, vars(report)

@@ -207,7 +207,8 @@ def save(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        tensors = {k: v.detach().to("cpu", dtype, copy=True).contiguous() for k, v in tensors_of(model).items()}
+        whole = ((k, folder.whole(v.detach())) for k, v in tensors_of(model).items())
+        tensors = {k: v.to("cpu", dtype, copy=True).contiguous() for k, v in whole}
         save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
         tree = model.peft_config["default"].to_dict()
         tree |= {"base_model_name_or_path": str(Path(base).resolve()), "inference_mode": True}
@@ -227,6 +228,12 @@ def save(
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return out
+
+
+def give_parts(model) -> None:
+    """What the other ranks do while one is in `save`: gather the adapter of a sharded model with it."""
+    for tensor in tensors_of(model).values():
+        folder.whole(tensor.detach())
 
 
 def merged(model: torch.nn.Module) -> torch.nn.Module:

@@ -85,7 +85,8 @@ def load_tokenizer(path: str | Path):
 def locate_tokenizer(path: str | Path) -> Path:
     """The folder whose tokenizer files count; `path` may also hold a tokenizer and nothing else."""
     bare = Path(path).expanduser()
-    alone = (bare / "tokenizer_config.json").is_file() and not (bare / "adapter_config.json").is_file()
+    alone = (bare / "tokenizer_config.json").is_file()
+    alone &= not any((bare / name).is_file() for name in ("adapter_config.json", "config.json"))
     return bare if alone else locate(bare).tokenizer
 
 
@@ -139,7 +140,8 @@ def save_folder(
 
     dtype None = each tensor in the dtype it has in `source`. `unchanged`: keys whose tensors are taken from `source`
     (frozen weights, of which the model may hold a rounded copy). Written beside `out` and renamed, so `out` is whole or
-    absent. Raises ValueError when `out` exists and is not empty."""
+    absent. Of a sharded model one rank calls this while the others call `give_parts`. Raises ValueError when `out`
+    exists and is not empty."""
     source, out = _checked(source), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: already exists and is not empty; nothing is overwritten. Choose another folder.")
@@ -164,6 +166,19 @@ def save_folder(
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return out
+
+
+def give_parts(model, source: str | Path, unchanged: Collection[str] = ()) -> None:
+    """What the other ranks do while one is in save_folder: gather a sharded model with it, tensor by tensor."""
+    headers, state, renamed = _layout(model, Path(source))
+    wanted = (key for entries in headers.values() for key in entries if key in state and key not in unchanged)
+    for key in state if renamed else wanted:
+        whole(state[key])
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A DTensor put together, a collective of all ranks; any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
@@ -243,16 +258,24 @@ def header(file: Path) -> dict[str, dict]:
     return found
 
 
-def _write_weights(model, source: Path, out: Path, dtype: torch.dtype | None, unchanged: Collection[str]) -> None:
+def _layout(model, source: Path) -> tuple[dict[Path, dict], dict[str, torch.Tensor], bool]:
+    """(header of each file of `source`, the model's tensors, whether transformers renamed or fused tensors on the way
+    in, as it does for mixtures of experts; only it knows how to undo that)."""
     headers = {file: header(file) for file in weight_files(source)}
     wanted = {key for entries in headers.values() for key in entries}
     state = model.state_dict()
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    if set(state) - wanted - tied:
-        # transformers renamed or fused tensors on the way in (mixtures of experts); only it knows how to undo that.
+    return headers, state, bool(set(state) - wanted - tied)
+
+
+def _write_weights(model, source: Path, out: Path, dtype: torch.dtype | None, unchanged: Collection[str]) -> None:
+    headers, state, renamed = _layout(model, source)
+    wanted = {key for entries in headers.values() for key in entries}
+    if renamed:
         kind = dtype or _dtype(next(iter(next(iter(headers.values())).values())))
+        complete = ((key, whole(value)) for key, value in state.items())
         model.save_pretrained(
-            out, state_dict={k: v.to("cpu", kind) if v.is_floating_point() else v for k, v in state.items()}
+            out, state_dict={k: v.to("cpu", kind) if v.is_floating_point() else v for k, v in complete}
         )
         written = {key for file in out.glob("*.safetensors") for key in header(file)}
         if written != wanted:
@@ -268,9 +291,10 @@ def _write_weights(model, source: Path, out: Path, dtype: torch.dtype | None, un
             # shared memory, and a folder with both halves of a tied pair stays one.
             tensors = {}
             for key, entry in entries.items():
-                tensor = old.get_tensor(key) if key not in state or key in unchanged else state[key]
+                stored = key not in state or key in unchanged
+                tensor = old.get_tensor(key) if stored else whole(state[key])
                 if key in state:
-                    tensor = tensor.to("cpu", dtype or _dtype(entry), copy=tensor is state[key]).contiguous()
+                    tensor = tensor.to("cpu", dtype or _dtype(entry), copy=not stored).contiguous()
                 tensors[key] = tensor
         size += sum(t.nbytes for t in tensors.values())
         save_file(tensors, out / file.name, metadata={"format": "pt"})

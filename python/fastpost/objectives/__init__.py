@@ -31,14 +31,14 @@ from .reward import BradleyTerry
 from .simpo import CPO, ORPO, SFT, TPO, AlphaPO, SimPO
 from .two_part import TwoPartSFT
 
-__all__ = ["ALL", "BCO", "CPO", "DPO", "DPOP", "DPO_LOSS_TYPES", "GRPO", "INPO", "IPO", "KINDS", "KTO", "LEVELS",
-           "LNDPO", "ORPO", "POLICY_KINDS", "RDPO", "REBEL", "REFUEL", "SFT", "TPO", "XPO", "AlphaPO", "BradleyTerry",
-           "Objective", "Sequences", "SimPO", "TwoPartSFT", "from_name", "group_advantage",
-           "leave_one_out_advantage"]  # fmt: skip
+__all__ = ["ALL", "BCO", "BY_NAME", "CPO", "DPO", "DPOP", "DPO_LOSS_TYPES", "GRPO", "INPO", "IPO", "KINDS", "KTO",
+           "LEVELS", "LNDPO", "ORPO", "POLICY_KINDS", "RDPO", "REBEL", "REFUEL", "SFT", "TPO", "XPO",
+           "AlphaPO", "BradleyTerry", "Objective", "Sequences", "SimPO", "TwoPartSFT", "from_name",
+           "group_advantage", "leave_one_out_advantage"]  # fmt: skip
 
 _COMPILED = (SFT, DPO, IPO, SimPO, CPO, ORPO, KTO, LNDPO, INPO, REBEL, REFUEL, BCO, XPO, AlphaPO, RDPO, DPOP)
 ALL.update({cls.__name__.lower(): cls for cls in _COMPILED})
-_BY_NAME = {**ALL, "twopartsft": TwoPartSFT}
+BY_NAME = {**ALL, "twopartsft": TwoPartSFT}
 """What a recipe may name: also what is plain torch on top of the core's sums."""
 
 
@@ -48,10 +48,10 @@ def from_name(name: str, **fields) -> Objective:
     Raises ValueError for an unknown name, an unknown field (both with the nearest known one) or a value out of range.
     """
     key = str(name).lower().replace("-", "").replace("_", "")
-    if key not in _BY_NAME:
-        listed = ", ".join(_BY_NAME)
-        raise ValueError(f"[objective] name: expected one of {listed}, got {name!r}.{hint(key, _BY_NAME)}")
-    cls = _BY_NAME[key]
+    if key not in BY_NAME:
+        listed = ", ".join(BY_NAME)
+        raise ValueError(f"[objective] name: expected one of {listed}, got {name!r}.{hint(key, BY_NAME)}")
+    cls = BY_NAME[key]
     known = [f.name for f in dataclasses.fields(cls)]
     for field in fields:
         if field not in known:

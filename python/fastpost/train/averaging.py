@@ -49,17 +49,17 @@ def fill(model: torch.nn.Module, folders: list[Path]) -> None:
     Summed in float64, one tensor at a time, and rounded once: equal checkpoints give themselves, w and -w give 0. A
     finished model counts as its files hold it, which may be in bf16. Raises ValueError when a folder lacks a tensor.
     """
-    files = [_open(path) for path in folders]
+    stored = [_Stored(path) for path in folders]
     parameters = Parameters(model)
     for name, p in parameters.items():
         if p.requires_grad:
             total = torch.zeros(p.shape, dtype=torch.float64)
-            for path, tensors in zip(folders, files, strict=True):
-                wide = _read(tensors, parameters.names(p))
+            for path, one in zip(folders, stored, strict=True):
+                wide = one.read(parameters.names(p))
                 if wide is None or wide.shape != p.shape:
                     raise ValueError(f"[export] --average: {path} has no {name} {list(p.shape)}. Leave it out.")
                 total += wide
-            p.data = (total / len(files)).float().to(p.device)
+            p.data = (total / len(stored)).float().to(p.device)
 
 
 def layer_updates(model: torch.nn.Module, start: torch.nn.Module) -> list[float]:
@@ -87,18 +87,27 @@ def report(updates: list[float]) -> str:
     return "\n".join(lines)
 
 
-def _open(path: Path) -> dict[str, object]:
-    """{tensor name: the open file it is in} of a checkpoint or of a model folder."""
-    names = [path / "model.safetensors", path / "optimizer.safetensors"]
-    files = names if names[1].exists() else folder.weight_files(path)
-    opened = [safe_open(file, framework="pt") for file in files]
-    return {name: file for file in opened for name in list(file.keys())}
+class _Stored:
+    """The float32 weights of a checkpoint or of a model folder, tensor by tensor."""
 
+    def __init__(self, path: Path):
+        self.path = path
+        if (path / "state.json").exists():
+            self.names, self.files = set(checkpoint.contents(path)), {}
+        else:
+            opened = [safe_open(file, framework="pt") for file in folder.weight_files(path)]
+            self.files = {name: file for file in opened for name in list(file.keys())}
+            self.names = set(self.files)
 
-def _read(tensors: dict[str, object], names: list[str]) -> torch.Tensor | None:
-    """The float32 master weight under the first of `names` that is there."""
-    name = next((n for n in names if n in tensors), None)
-    if name is None:
-        return None
-    weight, remainder = tensors[name].get_tensor(name), f"remainder.{name}"
-    return join(weight, tensors[remainder].get_tensor(remainder)) if remainder in tensors else weight.float()
+    def read(self, names: list[str]) -> torch.Tensor | None:
+        """The master weight under the first of `names` that is there."""
+        if self.files:
+            name = next((n for n in names if n in self.names), None)
+            return None if name is None else self.files[name].get_tensor(name).float()
+        name = next((n for n in names if f"model.{n}" in self.names), None)
+        if name is None:
+            return None
+        remainder = f"optimizer.remainder.{name}"
+        if remainder in self.names:
+            return join(*checkpoint.read(self.path, [f"model.{name}", remainder]))
+        return checkpoint.read(self.path, [f"model.{name}"])[0].float()

@@ -1,26 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training state on disk: complete or not there at all.
 
-    run/checkpoints/step-000010/{model,optimizer}.safetensors, state.json
+    run/checkpoints/step-000010/shard-00001-model-00001-of-00002.safetensors, ..., state.json
+
+Written by torch.distributed.checkpoint (DCP): each rank its own part, tensors that all ranks hold by one of them. With
+DCP's Hugging Face storage, because its native one keeps the layout in a pickle: here files are safetensors, with the
+place of a part in its header, and JSON. Loading one runs no code, and any number of ranks can load it.
 
 A checkpoint is written under a temporary name, synced to the disk and renamed; only then are older ones deleted. A
-crash, a kill or a full disk at any moment leaves the previous checkpoint as it was. safetensors and JSON only:
-loading one runs no code.
+crash, a kill or a full disk at any moment, on any rank, leaves the previous checkpoint as it was.
+
+Names in it: model.*, optimizer.* and, for each rank that wrote it, random.{cpu,cuda,python}.RANK.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
-FORMAT = 1
+from .distributed import ALONE, Ranks
+
+FORMAT = 2
+FILE_BYTES = 2e9
+"""Tensors of one rank go into files of about this size: one file at a time is copied to host memory."""
 _UNFINISHED = ".unfinished-"  # prefix of what is being written or deleted
 
 
@@ -28,30 +40,31 @@ class CheckpointError(OSError):
     """A checkpoint could not be written or read; the message says what is left and what to do."""
 
 
-def save(folder: Path, step: int, model: torch.nn.Module, optimizer, *, keep: int = 2) -> Path:
+def save(folder: Path, step: int, model: torch.nn.Module, optimizer, *, keep: int = 2, ranks: Ranks = ALONE) -> Path:
     """Write checkpoint `step` (the number of finished optimizer steps) into `folder`, keep the newest `keep`. Returns
-    its path.
+    its path. Every rank calls this.
 
-    Raises CheckpointError when the disk is full or fails; the previous checkpoint is untouched then and nothing is
-    left behind.
+    Raises CheckpointError, on every rank, when the disk is full or fails; the previous checkpoint is untouched then and
+    nothing is left behind.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    clean(folder)
     final, draft = folder / f"step-{step:06d}", folder / f"{_UNFINISHED}step-{step:06d}"
+    if ranks.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        clean(folder)
+    ranks.gather(None)  # what an earlier failure left is gone before anyone writes
     try:
-        draft.mkdir()
-        _write_tensors(draft / "model.safetensors", dict(_model_tensors(model)))
-        _write_tensors(draft / "optimizer.safetensors", dict(optimizer.tensors()) | _random_tensors())
-        write_text(
-            draft / "state.json", json.dumps({"format": FORMAT, "step": step, "python_random": random.getstate()})
-        )
-        _sync(draft)
-        if final.exists():
-            _remove(final)
-        os.rename(draft, final)
-        _sync(folder)
+        _write_tensors(draft, tensors(model, optimizer) | _random_tensors(ranks), ranks)
+        if ranks.first:
+            state = {"format": FORMAT, "step": step, "ranks": ranks.size, "kind": ranks.kind}
+            write_text(draft / "state.json", json.dumps(state))
+            _sync(draft)
+            if final.exists():
+                _remove(final)
+            os.rename(draft, final)
+            _sync(folder)
     except BaseException as error:
-        shutil.rmtree(draft, ignore_errors=True)
+        if ranks.first:
+            shutil.rmtree(draft, ignore_errors=True)
         if not isinstance(error, (OSError, SafetensorError)):
             raise
         previous = latest(folder)
@@ -60,14 +73,16 @@ def save(folder: Path, step: int, model: torch.nn.Module, optimizer, *, keep: in
             f"[checkpoint] step {step}: could not write {final}: {error}. {left}; the unfinished files are removed. "
             f"Free some space and start the same command again to go on from there."
         ) from error
-    for old in checkpoints(folder)[:-keep]:
-        _remove(old)
+    if ranks.first:
+        for old in checkpoints(folder)[:-keep]:
+            _remove(old)
+    ranks.gather(None)  # for the others it is complete, too, when this returns
     return final
 
 
 def space_warning(folder: Path, model: torch.nn.Module, optimizer) -> str | None:
     """One line if the disk of `folder` cannot hold one checkpoint: better said before the first hour than after it."""
-    size = sum(t.nbytes for _, t in [*_model_tensors(model), *optimizer.tensors()])
+    size = sum(t.numel() * t.element_size() for t in tensors(model, optimizer).values())
     free = shutil.disk_usage(folder).free
     if free >= 1.05 * size:
         return None
@@ -76,27 +91,60 @@ def space_warning(folder: Path, model: torch.nn.Module, optimizer) -> str | None
     )
 
 
-def load(path: Path, model: torch.nn.Module, optimizer) -> int:
-    """Restore model, optimizer and random states in place, tensor by tensor. Returns the number of finished steps.
+def load(path: Path, model: torch.nn.Module, optimizer, *, ranks: Ranks = ALONE) -> int:
+    """Restore model and optimizer in place, whatever number of ranks wrote them, and the random states if it was this
+    number. Returns the number of finished steps.
 
     Raises CheckpointError when the files are damaged or do not fit the model.
     """
     try:
-        state = json.loads((path / "state.json").read_text())
-        if state["format"] != FORMAT:
-            raise ValueError(f"format {state['format']}, this version reads {FORMAT}")
-        _read_tensors(path / "model.safetensors", dict(_model_tensors(model)))
-        randoms = _read_tensors(path / "optimizer.safetensors", dict(optimizer.tensors()))
-        version, words, gauss = state["python_random"]
-        random.setstate((version, tuple(words), gauss))
-        torch.set_rng_state(randoms["random.cpu"])
-        if torch.cuda.is_available() and "random.cuda" in randoms:
-            torch.cuda.set_rng_state(randoms["random.cuda"])
+        state = _state(path)
+        stored = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        _read_tensors(path, tensors(model, optimizer), stored)
+        if state["ranks"] == ranks.size:
+            randoms = {name: t for name, t in _random_tensors(ranks).items() if name in stored}
+            _read_tensors(path, randoms, stored)
+            _set_random(randoms, ranks)
         return state["step"]
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"[checkpoint] {path}: cannot be loaded: {error}. Delete that folder to go on from an earlier checkpoint."
         ) from error
+
+
+def contents(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Name, shape and dtype of each tensor of a checkpoint, whole, whatever number of ranks wrote it."""
+    stored = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    return {name: (found.size, found.properties.dtype) for name, found in stored.items()}
+
+
+def read(path: Path, names: list[str]) -> list[torch.Tensor]:
+    """Some tensors of a checkpoint, whole. Raises CheckpointError when a file is damaged."""
+    try:
+        stored = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        into = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
+        _read_tensors(path, into, stored)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"[checkpoint] {path}: cannot be read: {error}. Leave that checkpoint out.") from error
+    return list(into.values())
+
+
+def resharded(path: Path, ranks: Ranks) -> str:
+    """What to add to "resume from `path`" when it was written by other ranks than these, else "". It loads."""
+    state = _state(path)
+    if (state["ranks"], state["kind"]) == (ranks.size, ranks.kind):
+        return ""
+    return (
+        f"; it was written by {state['ranks']} ranks ({state['kind']}), now there are {ranks.size} ({ranks.kind}): "
+        "weights and optimizer are exact, rows and their order stay the same, sums round differently"
+    )
+
+
+def _state(path: Path) -> dict:
+    state = json.loads((path / "state.json").read_text())
+    if state["format"] != FORMAT:
+        raise ValueError(f"format {state['format']}, this version reads {FORMAT}")
+    return state
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -130,46 +178,80 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(draft, path)
 
 
-def _model_tensors(model: torch.nn.Module):
-    """What training can change: trainable parameters (shared ones once) and persistent buffers. The rest is in the
-    start model."""
+def tensors(model: torch.nn.Module, optimizer) -> dict[str, torch.Tensor]:
+    """The live tensors of a checkpoint by name; DTensors are parts of a whole that has that name on every rank.
+
+    What training can change: trainable parameters (shared ones once), persistent buffers, the optimizer's state. The
+    rest is in the start model."""
+    found = {f"model.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            yield name, p.detach()
-    for name, tensor in model.state_dict().items():
-        if name not in parameters:
-            yield name, tensor
+    found |= {f"model.{name}": t for name, t in model.state_dict().items() if name not in parameters}
+    return found | {f"optimizer.{name}": t for name, t in optimizer.tensors()}
 
 
-def _random_tensors() -> dict[str, torch.Tensor]:
-    states = {"random.cpu": torch.get_rng_state()}
+def _random_tensors(ranks: Ranks) -> dict[str, torch.Tensor]:
+    """The random states of this rank, as tensors of its own."""
+    version, words, gauss = random.getstate()
+    states = {"cpu": torch.get_rng_state()}
+    states["python"] = torch.tensor([version, *words, math.nan if gauss is None else gauss], dtype=torch.float64)
     if torch.cuda.is_available():
-        states["random.cuda"] = torch.cuda.get_rng_state()
-    return states
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {f"random.{name}.{ranks.rank}": t for name, t in states.items()}
 
 
-def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    save_file({k: v.contiguous() for k, v in tensors.items()}, path)
-    _sync(path)
+def _set_random(states: dict[str, torch.Tensor], ranks: Ranks) -> None:
+    version, *words, gauss = states[f"random.python.{ranks.rank}"].tolist()
+    random.setstate((int(version), tuple(map(int, words)), None if math.isnan(gauss) else gauss))
+    torch.set_rng_state(states[f"random.cpu.{ranks.rank}"])
+    if f"random.cuda.{ranks.rank}" in states:
+        torch.cuda.set_rng_state(states[f"random.cuda.{ranks.rank}"])
 
 
-def _read_tensors(path: Path, into: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copy the file's tensors into `into` and return the others (random states)."""
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        if missing := sorted(set(into) - names):
-            raise ValueError(f"{path.name} lacks {missing[0]!r} ({len(missing)} in all); it belongs to another model")
-        for name, tensor in into.items():
-            stored = file.get_tensor(name)
-            if stored.shape != tensor.shape or stored.dtype != tensor.dtype:
-                raise ValueError(f"{name}: expected {_kind(tensor)}, got {_kind(stored)}; it belongs to another model")
-            tensor.copy_(stored)
-        return {name: file.get_tensor(name) for name in sorted(names - set(into))}
+def _write_tensors(folder: Path, tensors: dict[str, torch.Tensor], ranks: Ranks) -> None:
+    """All ranks write their parts into `folder` and sync them. Raises, on every rank, what went wrong on one."""
+    files, used = {}, 0.0
+    for of_rank in ranks.gather([(name, t.numel() * t.element_size()) for name, t in tensors.items()]):
+        for name, size in of_rank:
+            if name not in files:
+                files[name] = 1 + int(used // FILE_BYTES)
+                used += size / ranks.size
+    writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that one process is alone
+            dcp.save(tensors, storage_writer=writer, no_dist=ranks.size == 1)
+    except CheckpointException as error:  # a BaseException
+        raise _cause(error) from error
 
 
-def _kind(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+def _read_tensors(path: Path, into: dict[str, torch.Tensor], stored: dict) -> None:
+    """Fill this rank's part of each tensor of `into` from the files, whose contents are `stored`. No rank waits for
+    another."""
+    if missing := sorted(set(into) - set(stored)):
+        raise ValueError(f"it lacks {missing[0]!r} ({len(missing)} in all); it belongs to another model")
+    for name, tensor in into.items():
+        found = stored[name]
+        if found.size != tensor.shape or found.properties.dtype != tensor.dtype:
+            kinds = _kind(tensor.dtype, tensor.shape), _kind(found.properties.dtype, found.size)
+            raise ValueError(f"{name}: expected {kinds[0]}, got {kinds[1]}; it belongs to another model")
+        if sum(chunk.sizes.numel() for chunk in found.chunks) != tensor.numel():
+            raise ValueError(f"{name}: a part of it is missing; a file was deleted")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(into, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
+    except CheckpointException as error:
+        raise _cause(error) from error
+
+
+def _cause(error: BaseException) -> Exception:
+    """The first rank's own exception inside DCP's; a SafetensorError and the like where that is how a disk fails."""
+    cause = next(iter(error.failures.values()))[0]
+    return cause if isinstance(cause, Exception) else RuntimeError(str(cause))
+
+
+def _kind(dtype: torch.dtype, shape: torch.Size) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
 def _remove(path: Path) -> None:

@@ -214,6 +214,9 @@ class TrainConfig:
     """What the backward pass recomputes to save memory. selective = all but matrix products and attention: half the
     activations for about 5 % more time; full = each layer from its input: a tenth of them for 15 to 30 %. auto =
     selective on a CPU, none on a GPU."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several ranks (torchrun) hold the model. ddp = a copy each; fsdp = a part each, gathered layer by layer. auto
+    = ddp where a copy takes up to 16 GB (1e9 trained weights), else fsdp."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = cuda when torch finds one."""
     threads: int | None = None

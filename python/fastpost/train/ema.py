@@ -29,7 +29,7 @@ class Ema:
         self._model = model
         self._averages: dict[str, tuple[torch.nn.Parameter, torch.Tensor]] = {}
         for name, parameter, master in optimizer.masters():
-            average = torch.empty_like(local(parameter), dtype=torch.float32, requires_grad=False)
+            average = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
             for part, wide in zip(pieces(average), master, strict=True):
                 part.copy_(wide)
             self._averages[name] = parameter, average
@@ -57,7 +57,7 @@ class Ema:
             for parameter, average in self._averages.values():
                 if local(parameter) is not parameter:  # FSDP holds on to a shard's memory: write into that
                     kept.append(local(parameter).clone())
-                    local(parameter).copy_(average)
+                    local(parameter).copy_(local(average))
                 else:
                     kept.append(parameter.data)
                     parameter.data = average.to(dtype or parameter.dtype)

@@ -18,6 +18,7 @@ from fastpost.hf import adapter, folder
 from . import reference
 from .config import Config
 from .device import pick_device
+from .distributed import ALONE, Ranks
 from .forward import forward, lengths, start_of
 from .metrics import Sums, add_output
 from .optim import COMPUTE_DTYPE
@@ -25,9 +26,12 @@ from .progress import progress
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, objective, batches: Iterable[Batch], temperature: float = 1.0) -> dict[str, float]:
-    """Means over all rows of `batches` under TRL's names, plus `rows`, their number. The model's mode and state are
-    left alone."""
+def evaluate(
+    model: torch.nn.Module, objective, batches: Iterable[Batch], temperature: float = 1.0, *,
+    idle: Iterable[Batch] = (), ranks: Ranks = ALONE,
+) -> dict[str, float]:  # fmt: skip
+    """Means over all rows of the `batches` of all ranks under TRL's names, plus `rows`, their number. The model's mode
+    and state are left alone. `idle`: see train_step."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     sums, rows = Sums(), 0
@@ -37,11 +41,14 @@ def evaluate(model: torch.nn.Module, objective, batches: Iterable[Batch], temper
             batch = batch.to(device)
             add_output(sums, objective, batch, forward(model, batch, objective, temperature), count)
             rows += len(batch.rows)
+        for batch in idle:
+            forward(model, batch.to(device), objective, temperature)
     finally:
         model.train(was_training)
+    rows = int(ranks.sum(rows))
     if not rows:
         raise ValueError("[evaluate] batches: expected at least one row, got none.")
-    return sums.means() | {"rows": rows}
+    return sums.means(ranks) | {"rows": rows}
 
 
 def evaluate_config(cfg: Config, path: Path | None = None) -> dict[str, float]:

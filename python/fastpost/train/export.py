@@ -133,7 +133,7 @@ def _load(run: Path, step: int | None, ema: bool, average: str | None):
         return adapter.load(run, torch.float32, check=False), folder.locate(run), set()
     if not (run / "config.yaml").is_file():
         raise ValueError(
-            f"[export] {run}: expected a run folder with config.yaml or an adapter folder, found neither. Give the "
+            f"[export] {run}: expected a run folder with config.yaml or an adapter folder, found none. Give the "
             "folder that `fastpost train` wrote."
         )
     cfg = load_config(run / "config.yaml")

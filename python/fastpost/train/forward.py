@@ -8,36 +8,53 @@ import math
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 import fastpost
 from fastpost.data.collate import IGNORE, Batch
 from fastpost.hf import adapter, folder, lora
 from fastpost.hf.model import backbone, head, verify
 from fastpost.ops.preference_loss import schedule_of
+from fastpost.parallel import fsdp_head_logprob
 
 from .config import Config, ModelConfig
 from .freezing import freeze
 from .optim import COMPUTE_DTYPE
 from .recompute import recompute
 
+SHARDED = "fastpost_forward"
+"""Attribute of a model that sharding.py has cut over ranks: `compute` with FSDP's gathering around it."""
+
 
 def forward(model: torch.nn.Module, batch: Batch, objective, temperature: float = 1.0):
     """The objective's PreferenceOutput on `batch`: losses [P or S], logprob [S], rewards [S], length [S], all
-    float32. Log-probs are those of logits / temperature."""
+    float32. Log-probs are those of logits / temperature. Of a sharded model every rank must call it."""
+    sharded = getattr(model, SHARDED, None)
+    if sharded is None:
+        return compute(model, batch, objective, temperature)
+    output = sharded(batch, objective, temperature)
+    if not torch.is_grad_enabled():  # no backward pass will let go of what was gathered, and it would be stale later
+        model.reshard()
+    return output
+
+
+def compute(model: torch.nn.Module, batch: Batch, objective, temperature: float = 1.0):
     h, hidden = head(model), backbone(model, batch)
+    columns = {name: getattr(batch, name) for name in ("reference_logprob", "previous_logprob", "reward")}
+    options = {"temperature": h.temperature * temperature, "softcap": h.softcap}
+    if isinstance(h.weight, DTensor):
+        logprob = fsdp_head_logprob(hidden, h.weight, batch.target, gradient="sum", **options)
+        return fastpost.preference_loss_from_logprob(logprob, batch.target, batch.cu_scored, objective, **columns)
     return fastpost.preference_loss(
         hidden,
         h.weight,
         batch.target,
         batch.cu_scored,
         objective,
-        reference_logprob=batch.reference_logprob,
-        previous_logprob=batch.previous_logprob,
-        reward=batch.reward,
         bias=h.bias,
         low_rank=h.low_rank(hidden),
-        temperature=h.temperature * temperature,
-        softcap=h.softcap,
+        **columns,
+        **options,
     )
 
 
@@ -55,10 +72,10 @@ def lengths(batch: Batch) -> torch.Tensor:
     return ends.diff()
 
 
-def load_policy(cfg: Config, device: torch.device) -> torch.nn.Module:
+def load_policy(cfg: Config, device: torch.device, *, move: bool = True) -> torch.nn.Module:
     """The model to train, in the precision its optimizer should start from: float32 if the files hold more than bf16
     does and more than an adapter is trained. With an adapter, a new one or one that goes on, only that requires
-    gradients."""
+    gradients. It is set up for `device`; move=False leaves it on the CPU for now."""
     start, compute = start_of(cfg.model), COMPUTE_DTYPE[cfg.optim.precision]
     dtype = torch.float32 if has_masters(cfg) else compute
     model = folder.load_model(start.base, dtype, cfg.model.attention, check=False)
@@ -77,7 +94,7 @@ def load_policy(cfg: Config, device: torch.device) -> torch.nn.Module:
     verify(model)
     freeze(model, cfg.model.train, cfg.model.freeze)
     recompute(lora.inner(model), cfg.train.gradient_checkpointing, device)
-    return model.to(device)
+    return model.to(device) if move else model
 
 
 def has_masters(cfg: Config) -> bool:

@@ -3,6 +3,9 @@
 
 One micro-batch: they are the `.grad` that autograd left. Several: each parameter's gradient is added to a float32 sum
 the moment autograd has it and freed at once, so besides the sums only one gradient at a time is alive.
+
+Several ranks with a copy of the model each (ddp): always float32 sums, added up over ranks by `reduce`. Ranks with a
+part each (fsdp): FSDP has added up over ranks before a gradient gets here, and all of this is about the own part.
 """
 
 from __future__ import annotations
@@ -10,6 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
+
+from .distributed import ALONE, Ranks
 
 CPU_PIECE = (
     1 << 18
@@ -18,14 +24,14 @@ CUDA_PIECE = 1 << 26
 
 
 def pieces(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """A tensor as flat slices, small enough that float32 temporaries of one slice cost no memory worth naming."""
-    tensor = local(tensor).detach()
-    return list(tensor.reshape(-1).split(CPU_PIECE if tensor.device.type == "cpu" else CUDA_PIECE))
+    """A tensor (of a DTensor: this rank's part) as flat slices, small enough that float32 temporaries of one slice cost
+    no memory worth naming."""
+    flat = local(tensor.detach()).reshape(-1)
+    return list(flat.split(CPU_PIECE if flat.device.type == "cpu" else CUDA_PIECE))
 
 
-@torch.no_grad()
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's shard of a DTensor, in the same memory; any other tensor itself."""
+    """This rank's part of a DTensor, sharing its memory; any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -34,13 +40,15 @@ class Gradients:
 
     with Gradients(parameters, len(micro_batches)) as gradients:
         for batch in micro_batches: loss(batch).backward()
+        gradients.reduce()
         norm = gradients.norm()
         for p in parameters: use(gradients.take(p))
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], micro_batches: int = 1):
-        self.parameters = list(parameters)
-        self._sums: dict[torch.nn.Parameter, torch.Tensor] | None = {} if micro_batches > 1 else None
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], micro_batches: int = 1, ranks: Ranks = ALONE):
+        self.parameters, self.ranks = list(parameters), ranks
+        sums = micro_batches > 1 or ranks.replicated
+        self._sums: dict[torch.nn.Parameter, torch.Tensor] | None = {} if sums else None
         self._hooks = []
 
     def __enter__(self) -> Gradients:
@@ -69,16 +77,32 @@ class Gradients:
         return gradient
 
     @torch.no_grad()
+    def reduce(self) -> None:
+        """Add up over ranks, where each has a copy of the model. A rank without a micro-batch adds nothing."""
+        if not self.ranks.replicated:
+            return
+        # One gradient that no rank has stays None, as in one process.
+        have = torch.tensor([p in self._sums for p in self.parameters], dtype=torch.int32)
+        dist.all_reduce(have, dist.ReduceOp.MAX)
+        work = []
+        for p, anywhere in zip(self.parameters, have.tolist(), strict=True):
+            if anywhere:
+                if p not in self._sums:
+                    self._sums[p] = torch.zeros_like(p, dtype=torch.float32)
+                work.append(dist.all_reduce(self._sums[p], async_op=True))
+        for one in work:
+            one.wait()
+
+    @torch.no_grad()
     def norm(self) -> float:
-        """Global L2 norm: float32 inside a piece, float64 across pieces. Waits for the device once."""
+        """Global L2 norm: float32 inside a piece, float64 across pieces and ranks. Waits for the device once."""
         present = [g for p in self.parameters if (g := self.get(p)) is not None]
         norms = [torch.linalg.vector_norm(piece, dtype=torch.float32) for g in present for piece in pieces(g)]
-        if not norms:
-            return 0.0
-        return float(torch.linalg.vector_norm(torch.stack(norms).double()))
+        norm = float(torch.linalg.vector_norm(torch.stack(norms).double())) if norms else 0.0
+        return self.ranks.sum(norm * norm) ** 0.5 if self.ranks.sharded else norm
 
     def _add(self, parameter: torch.nn.Parameter) -> None:
-        gradient, parameter.grad = parameter.grad, None
+        gradient, parameter.grad = local(parameter.grad), None
         if parameter in self._sums:
             self._sums[parameter] += gradient
         else:

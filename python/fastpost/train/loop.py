@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,40 +14,43 @@ from fastpost import objectives
 from fastpost.data.loader import Dataset, load_dataset
 from fastpost.hf import folder
 
-from . import checkpoint, freezing, moments, plot, reference, result, sinks
+from . import checkpoint, freezing, moments, plot, reference, result, sharding, sinks
 from .config import Config
 from .device import pick_device
+from .distributed import Ranks, join
 from .evaluate import evaluate
 from .flops import Flops, peak_flops
 from .forward import load_policy, schedule
-from .metrics import RunLog, peak_memory_gb
+from .metrics import NoLog, RunLog, peak_memory_gb
 from .optim import COMPUTE_DTYPE, AdamW
 from .plan import Plan
 from .progress import progress, waiting
 from .run_folder import RunFolder
 from .samples import Samples
 from .step import train_step
+from .stop import Stop, Stopped
 
 
 def train(cfg: Config) -> Path:
     """Train as `cfg` says and return the run folder, whose model/ is a Hugging Face folder (adapter/ a peft folder).
+    Under torchrun all ranks call this.
 
     A run that was interrupted goes on from its newest checkpoint and gives, at one thread, the bits of an unbroken one.
     Raises ValueError for a mistake in settings or data, NotFinite when a loss or gradient is not a number,
-    CheckpointError when the disk fails.
+    CheckpointError when the disk fails, Stopped after a SIGTERM or Ctrl-C.
     """
-    with RunFolder(cfg) as run:
-        if run.finished:
+    with join() as ranks, RunFolder(cfg, owner=ranks.first) as run:
+        if ranks.from_first(lambda: run.finished):
             print(
                 f"{run.path} is finished: its model is {run.result}. For another run choose another --train.output_dir."
             )
         else:
-            _train(cfg, run)
+            _train(cfg, run, ranks)
     return run.path
 
 
-def _train(cfg: Config, run: RunFolder) -> None:
-    device, compute = pick_device(cfg.train.device), COMPUTE_DTYPE[cfg.optim.precision]
+def _train(cfg: Config, run: RunFolder, ranks: Ranks) -> None:
+    device, compute = pick_device(cfg.train.device, ranks), COMPUTE_DTYPE[cfg.optim.precision]
     if cfg.train.threads:
         torch.set_num_threads(cfg.train.threads)
     random.seed(cfg.train.seed)
@@ -61,32 +65,43 @@ def _train(cfg: Config, run: RunFolder) -> None:
     tokenizer = folder.load_tokenizer(cfg.model.path)
     data = load_data(cfg, tokenizer, objective, sources)
     samples = Samples(cfg.log, tokenizer, data["eval"].examples if "eval" in data else [])
-    plan = Plan(cfg, data["train"])
+    plan = Plan(cfg, data["train"], ranks.size)
     print(*plan.mixture.lines(), sep="\n", end="\n" * (not plan.mixture.whole), flush=True)
+    ranks.connect(device)
     parts = {"train": plan.first_epoch()}
     if "eval" in data:
         parts["eval"] = plan.cut(data["eval"], list(range(len(data["eval"]))))
 
-    model = load_policy(cfg, device)
+    model = load_policy(cfg, device, move=False)
     print(freezing.summary(model), flush=True)
+    flops = Flops(model)
+    model = sharding.place(model, device, cfg.train.parallel, ranks)
+    if ranks.size > 1:
+        print(f"ranks  {ranks.size} x {device.type}, {ranks.kind}", flush=True)
     optimizer = AdamW.from_config(model, cfg)
-    reference.attach(cfg, sources, data, parts, run.reference, lambda: model)
+    reference.attach(cfg, sources, data, parts, run.reference, lambda: model, ranks=ranks)
 
-    newest = checkpoint.latest(run.checkpoints)
-    start = checkpoint.load(newest, model, optimizer) if newest else 0
+    torch.manual_seed(cfg.train.seed + 1_000_003 * ranks.rank)  # ranks draw different dropout
+    newest = ranks.from_first(lambda: str(checkpoint.latest(run.checkpoints) or ""))
+    start = saved = checkpoint.load(Path(newest), model, optimizer, ranks=ranks) if newest else 0
     seen = sum(map(plan.tokens, range(start)))
-    flops, peak, temperature = Flops(model), peak_flops(device, compute), cfg.model.temperature
+    peak, temperature = peak_flops(device, compute), cfg.model.temperature
+    run_log = partial(RunLog, run.path, finished=start, total=plan.steps, every=cfg.log.every)
 
-    trackers = sinks.Sinks(cfg, run.path)
-    with RunLog(run.path, finished=start, total=plan.steps, every=cfg.log.every, sinks=trackers) as log:
+    with (
+        run_log(sinks=sinks.Sinks(cfg, run.path)) if ranks.first else NoLog() as log,
+        Stop(speaks=ranks.first) as stop,
+    ):
 
         def held_out(step: int) -> None:
             if "eval" not in data:
                 return
+            turns = ranks.deal(parts["eval"], data["eval"].examples)
 
             def measure() -> dict[str, float]:
-                batches = map(data["eval"].batch, progress(parts["eval"], "evaluate", unit="batches"))
-                return evaluate(model, objective, batches, temperature)
+                mine = map(data["eval"].batch, progress(turns.mine, "evaluate", unit="batches"))
+                idle = map(data["eval"].batch, turns.idle)
+                return evaluate(model, objective, mine, temperature, idle=idle, ranks=ranks)
 
             values = measure()
             if optimizer.ema is not None and step > 0:
@@ -95,11 +110,11 @@ def _train(cfg: Config, run: RunFolder) -> None:
             log.evaluation(step, values)
 
         def sample(step: int) -> None:
-            if samples:
+            if samples and (ranks.first or ranks.sharded):
                 log.samples(step, samples.answer(model))
 
         if newest:
-            log.say(f"resume from {newest}")
+            log.say(f"resume from {newest}{checkpoint.resharded(Path(newest), ranks)}")
         else:
             if cfg.train.save_every and (warning := checkpoint.space_warning(run.path, model, optimizer)):
                 log.say(warning)
@@ -108,12 +123,20 @@ def _train(cfg: Config, run: RunFolder) -> None:
         model.train()
 
         for step in range(start, plan.steps):
+            if number := int(ranks.max(stop.signal)):
+                if step > saved:
+                    log.sync()
+                    checkpoint.save(run.checkpoints, step, model, optimizer, keep=cfg.train.keep_latest, ranks=ranks)
+                log.say(f"stopped after step {step}/{plan.steps}; the same command goes on from there")
+                raise Stopped(128 + number)
             begin = time.perf_counter()
-            batches = [data["train"].batch(part) for part in plan.parts(step)]
+            mine, idle = ranks.deal(plan.parts(step), data["train"].examples)
+            batches = [data["train"].batch(part) for part in mine]
             ready = time.perf_counter()
             values = train_step(
                 model, objective, optimizer, batches, step=step, lr=plan.lr(step),
                 max_grad_norm=cfg.optim.max_grad_norm, temperature=temperature,
+                idle=[data["train"].batch(part) for part in idle], ranks=ranks,
             )  # fmt: skip
             seconds = time.perf_counter() - begin
 
@@ -129,7 +152,8 @@ def _train(cfg: Config, run: RunFolder) -> None:
             }
             if step == 0:
                 log.say(initial_check(values["loss"], objective.initial_loss(), sources, cfg.optim.precision))
-                log.say(f"head   {schedule(model, batches[0].to(device), objective)}")
+                if batches and not ranks.sharded:
+                    log.say(f"head   {schedule(model, batches[0].to(device), objective)}")
             log.step(step + 1, values, timing)
 
             last = step + 1 == plan.steps
@@ -140,9 +164,14 @@ def _train(cfg: Config, run: RunFolder) -> None:
             if not last and _due(step + 1, cfg.train.save_every):
                 log.sync()
                 with waiting("save checkpoint"):
-                    checkpoint.save(run.checkpoints, step + 1, model, optimizer, keep=cfg.train.keep_latest)
+                    checkpoint.save(
+                        run.checkpoints, step + 1, model, optimizer, keep=cfg.train.keep_latest, ranks=ranks
+                    )
+                saved = step + 1
 
-    out = result.write(cfg, run, model, optimizer)
+    out = result.write(cfg, run, model, optimizer, ranks)
+    if not ranks.first:
+        return
     if cfg.log.plot:
         plot.draw([run.path], run.plot)
     print(f"saved {run.path}/{{config.yaml,metrics.jsonl,{'loss.png,' if cfg.log.plot else ''}{out.name}/}}")

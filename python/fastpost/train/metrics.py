@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from .distributed import ALONE, Ranks
 from .jsonl import read as read  # metrics.read(run / "metrics.jsonl")
 from .jsonl import truncate
 from .progress import duration
@@ -40,12 +41,17 @@ class Sums:
         self._sums.setdefault(name, []).append(values.detach().double().sum())
         self._counts[name] = self._counts.get(name, 0) + (values.numel() if count is None else count)
 
-    def means(self) -> dict[str, float]:
-        """Waits for the device once."""
-        if not self._sums:
-            return {}
-        totals = torch.stack([torch.stack(parts).sum() for parts in self._sums.values()]).tolist()
-        return {name: total / self._counts[name] for name, total in zip(self._sums, totals, strict=True)}
+    def means(self, ranks: Ranks = ALONE) -> dict[str, float]:
+        """Sums and counts of all ranks, then one division each; a rank may have none of a name. Waits for the device
+        once."""
+        totals = torch.stack([torch.stack(parts).sum() for parts in self._sums.values()]).tolist() if self._sums else []
+        own = {name: (total, self._counts[name]) for name, total in zip(self._sums, totals, strict=True)}
+        both: dict[str, tuple[float, float]] = {}
+        for of_rank in ranks.gather(own):
+            for name, (total, count) in of_rank.items():
+                before = both.get(name, (0.0, 0))
+                both[name] = (before[0] + total, before[1] + count)
+        return {name: total / count for name, (total, count) in both.items()}
 
 
 def add_output(sums: Sums, objective, batch, output, count: float) -> None:
@@ -147,6 +153,19 @@ class RunLog:
         self.stream.write(erase + text + ("\n" if final else ""))
         self.stream.flush()
         self._redrawn = not final
+
+
+class NoLog:
+    """What ranks other than the first have in place of a RunLog: whatever is called on it does nothing."""
+
+    def __getattr__(self, name: str):
+        return lambda *args, **kwargs: None
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
 
 
 def line(step: int, total: int, values: dict, timing: dict, seconds_left: float) -> str:

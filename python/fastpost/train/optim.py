@@ -54,9 +54,8 @@ class AdamW:
     time, so a second copy of the model never exists. Weights shared by two modules (tied embeddings) are one
     parameter. Parameters with fewer than two dimensions (norms, biases) get no weight decay.
 
-    `model`: a module or (name, parameter) pairs. Of DTensors (FSDP2) this rank's shards are trained, state is made
-    for and `tensors` hands out shards, and their dtype is left alone: shards in float32 are their own master weights,
-    FSDP's mixed precision makes the bf16 ones.
+    `model`: a module or (name, parameter) pairs. Of DTensors (FSDP2) this rank's shards are trained, and state and
+    `tensors` are DTensors as well.
 
     `groups`: {pattern: lr_ratio and weight_decay} for the parameters that match; the first match counts, see
     Parameters.select for patterns. `eight_bit`: moments in 8 bits, by bitsandbytes. `ema`: decay of an average of the
@@ -90,9 +89,14 @@ class AdamW:
             remainder = _narrow(p, COMPUTE_DTYPE[precision], keep=precision == "bf16" and p.requires_grad)
             if p.requires_grad:
                 if eight_bit and p.numel() >= SMALLEST and id(p) not in embeddings:
-                    moments = EightBit(local(p))
+                    if local(p) is not p:
+                        raise ValueError(
+                            "[optim] optim.name: expected adamw where the model is sharded, got adamw8bit, whose "
+                            "blocks of 256 do not fit shards. Set train.parallel to ddp, or optim.name to adamw."
+                        )
+                    moments = EightBit(p)
                 else:
-                    moments = Moments(local(p), torch.bfloat16 if precision == "pure-bf16" else torch.float32)
+                    moments = Moments(p, torch.bfloat16 if precision == "pure-bf16" else torch.float32)
                 group = grouped.get(name, GroupConfig())
                 decay = weight_decay if group.weight_decay is None else group.weight_decay
                 decay = decay if p.ndim > 1 else 0.0
@@ -187,7 +191,7 @@ class AdamW:
             if ema:
                 p.data = averages.pop(f"ema.{name}")
             elif s.remainder is not None:
-                p.data = torch.cat(list(wide)).view(p.shape)
+                _replace(p, torch.cat(list(wide)).view(local(p).shape))
         self.drop()
 
     def drop(self) -> None:
@@ -208,11 +212,10 @@ def shard(parameter: torch.Tensor) -> int:
 
 def _narrow(parameter: torch.nn.Parameter, dtype: torch.dtype, keep: bool) -> torch.Tensor | None:
     """Convert a parameter in place; `keep`: return what bf16 cannot hold, as int16."""
-    source = local(parameter).detach()
-    if hasattr(parameter, "device_mesh"):  # FSDP's memory: neither moved nor cast
-        return torch.zeros_like(source, dtype=torch.int16) if keep and source.dtype == dtype else None
+    source = parameter.data
     if not keep:
-        parameter.data = source.to(dtype)
+        if source.dtype != dtype:
+            _replace(parameter, local(source).to(dtype))
         return None
     if source.dtype == dtype:  # nothing was cut off, so there is nothing to look for
         return torch.zeros_like(source, dtype=torch.int16)
@@ -220,7 +223,7 @@ def _narrow(parameter: torch.nn.Parameter, dtype: torch.dtype, keep: bool) -> to
     remainder = torch.empty_like(source, dtype=torch.int16)
     for wide, w, r in zip(*map(pieces, (source, weight, remainder)), strict=True):
         split(wide.float(), w, r)
-    parameter.data = weight
+    _replace(parameter, local(weight))
     return remainder
 
 
@@ -248,3 +251,16 @@ def _resolve(parameters: Parameters, groups: Mapping[str, GroupConfig]) -> dict[
             )
         found |= dict.fromkeys(mine, group)
     return found
+
+
+def _replace(parameter: torch.nn.Parameter, data: torch.Tensor) -> None:
+    """Give a parameter other data; `data` is this rank's part, which for a DTensor goes with the old layout."""
+    if local(parameter) is parameter:
+        parameter.data = data
+        return
+    from torch.distributed.tensor import DTensor
+
+    layout = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
+    new = DTensor.from_local(data, parameter.device_mesh, parameter.placements, **layout)
+    # .data of a wrapper cannot be set; this is what nn.Module.to does with one.
+    torch.utils.swap_tensors(parameter, torch.nn.Parameter(new, requires_grad=parameter.requires_grad))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from itertools import accumulate
 
 from fastpost.data.loader import Dataset
@@ -20,8 +21,8 @@ class Plan:
     It is the same on every rank: `rows(step)` and `parts(step)` are those of the whole step, of which a rank takes its
     share."""
 
-    def __init__(self, cfg: Config, data: Dataset):
-        self.cfg, self.data = cfg, data
+    def __init__(self, cfg: Config, data: Dataset, ranks: int = 1):
+        self.cfg, self.data, self.ranks = cfg, data, ranks
         self.mixture = Mixture(data, seed=cfg.train.seed, tokens=cfg.data.epoch_tokens, fixed=cfg.data.draw == "fixed")
         self._epoch, self._order = -1, []
         # An epoch of so many tokens has a number of rows of its own, so the ends of epochs are counted, not multiplied.
@@ -43,8 +44,8 @@ class Plan:
         return self._rows_of(epoch)[position * size : (position + 1) * size]
 
     def parts(self, step: int) -> list[list[int]]:
-        """The same rows as micro-batches."""
-        return self.cut(self.data, self.rows(step))
+        """The same rows as micro-batches, as many for each rank where rows allow it."""
+        return even(self.cut(self.data, self.rows(step)), self.ranks, self.data.examples)
 
     def first_epoch(self) -> list[list[int]]:
         """The micro-batches of the first epoch, and of what a mixture leaves out of it: each row once."""
@@ -89,3 +90,18 @@ class Plan:
 
     def _rows_in(self, epoch: int) -> int:
         return len(self.data) if self.mixture.whole else len(self._rows_of(epoch))
+
+
+def even(parts: list[list[int]], ranks: int, examples: Sequence) -> list[list[int]]:
+    """`parts` with the largest halved, again and again, until their number is a multiple of `ranks` (or each is one
+    row): otherwise ranks would wait for those with one more."""
+    parts = list(parts)
+    while len(parts) % ranks:
+        tokens = [[examples[row].computed for row in part] for part in parts]
+        at = max(range(len(parts)), key=lambda i: (len(parts[i]) > 1, sum(tokens[i])))
+        if len(parts[at]) == 1:
+            break
+        before = list(accumulate(tokens[at]))
+        cut = min(range(1, len(parts[at])), key=lambda i: abs(2 * before[i - 1] - before[-1]))
+        parts[at : at + 1] = [parts[at][:cut], parts[at][cut:]]
+    return parts

@@ -24,8 +24,10 @@ from fastpost.hf import adapter, folder
 from fastpost.objectives import SFT
 
 from . import logprob_cache as cache
+from . import sharding
 from .config import Config, ModelConfig
 from .device import pick_device
+from .distributed import ALONE, Ranks
 from .forward import forward, has_masters, start_of
 from .optim import COMPUTE_DTYPE
 from .progress import progress
@@ -86,13 +88,14 @@ def attach(
     table: Path | None,
     start: Callable[[], torch.nn.Module],
     say: Callable[[str], None] = print,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Set the columns of `sources` on every example of `data`: from `table` (the run's own file, so that a resumed run
     needs nothing else), from the cache, or computed and then written to both.
 
     `start` gives the model as loaded, in the precision of training. `parts`: the micro-batches to compute in, covering
-    each dataset once. Taking those of the first epoch makes the policy's first log-probs equal the reference to the
-    last bit, because both see the same packing. `say` gets one line for each dataset, made or reused.
+    each dataset once; ranks share them. Taking those of the first epoch makes the policy's first log-probs equal the
+    reference to the last bit, because both see the same packing. `say` gets one line for each dataset, made or reused.
 
     Raises ValueError when `table` was made for other rows or another model.
     """
@@ -103,15 +106,17 @@ def attach(
         model = cache.model_digest(*_files(cfg.model, source))
         for name in data:
             contents[_entry(column, name)] = cache.content(model, rows[name], cfg.model.temperature)
-    if computed and table is not None and table.exists():
+    if computed and table is not None and ranks.from_first(table.exists):
         values = _own(table, contents, {_entry(c, n): len(d) for c in computed for n, d in data.items()})
     elif computed:
         for column, source in computed.items():
-            values |= _find_or_make(cfg, column, source, data, parts, contents, start, say)
+            values |= _find_or_make(cfg, column, source, data, parts, contents, start, say, ranks)
         if table is not None:
-            draft = table.with_name(f".unfinished-{table.name}")
-            save_file(values, draft, metadata=contents)
-            os.replace(draft, table)
+            if ranks.first:
+                draft = table.with_name(f".unfinished-{table.name}")
+                save_file(values, draft, metadata=contents)
+                os.replace(draft, table)
+            ranks.gather(None)  # it is there
     for column in computed:
         for name, dataset in data.items():
             fill(dataset, values[_entry(column, name)], column)
@@ -127,15 +132,22 @@ def fill(dataset: Dataset, values: torch.Tensor, column: str) -> None:
 
 @torch.no_grad()
 def logprobs(
-    model: torch.nn.Module, dataset: Dataset, parts: list[list[int]], temperature: float = 1.0
-) -> torch.Tensor:
-    """Summed log-probs, float32 [examples, sequences of each], computed in the micro-batches `parts`."""
+    model: torch.nn.Module, dataset: Dataset, parts: list[list[int]], temperature: float = 1.0,
+    idle: list[list[int]] = (), ranks: Ranks = ALONE,
+) -> torch.Tensor:  # fmt: skip
+    """Summed log-probs, float32 [examples, sequences of each], computed in the micro-batches `parts` of all ranks.
+    `idle`: see train_step. A row in no micro-batch is NaN."""
     device = next(model.parameters()).device
     model.eval()
     out = torch.full((len(dataset), len(dataset.examples[0].sequences)), torch.nan)
     for part in progress(parts, "log-probs", unit="batches"):
         logprob = forward(model, dataset.batch(part).to(device), SFT(), temperature).logprob
         out[part] = logprob.float().cpu().view(len(part), -1)
+    for part in idle:
+        forward(model, dataset.batch(part).to(device), SFT(), temperature)
+    own = sorted(row for part in parts for row in part)
+    for rows, values in ranks.gather((own, out[own])):
+        out[rows] = values
     return out
 
 
@@ -154,7 +166,7 @@ def _check(cfg: ModelConfig, field: str, source: str) -> None:
         if not path.is_dir():
             raise ValueError(
                 f"[train] model.{field}: expected {', '.join(words)} or the folder of a model, an adapter or a run; "
-                f"got '{source}', and there is no such folder."
+                f"got '{source}', and there is no such folder. Correct the path."
             )
         folder.locate(path)
 
@@ -196,27 +208,33 @@ def _own(table: Path, contents: dict[str, str], rows: dict[str, int]) -> dict[st
     return values
 
 
-def _find_or_make(cfg: Config, column, source, data, parts, contents, start, say) -> dict[str, torch.Tensor]:
+def _find_or_make(
+    cfg: Config, column, source, data, parts, contents, start, say, ranks: Ranks
+) -> dict[str, torch.Tensor]:
     """The values of one column for each dataset, from the cache or computed, with one printed line for each."""
     store, device, dtype = cache.cache_folder(cfg.data.cache), pick_device(cfg.train.device), _dtype(cfg)
     files, values = {}, {}
     for name, dataset in data.items():
         entry, what = _entry(column, name), f"{FIELDS[column]} = {source}: log-probs of {len(dataset)} {name} rows"
         if store is not None:
-            how = (device, dtype, cfg.model.attention, _route(cfg, source), dataset.share_prompt, parts[name])
+            route = f"{_route(cfg, source)} {ranks.sharded}"  # a sharded head sums in another order
+            how = (device, dtype, cfg.model.attention, route, dataset.share_prompt, parts[name])
             files[name] = store / cache.file_name(contents[entry], *how)
             values[entry] = cache.read(files[name], len(dataset))
-        if values.get(entry) is not None:
+        if not all(ranks.gather(values.get(entry) is not None)):  # they may look at different moments
+            values[entry] = None
+        else:
             say(f"{what} reused from {files[name]}")
     missing = [name for name in data if values.get(_entry(column, name)) is None]
     if not missing:
         return values
-    with _frozen(cfg, source, start) as model:
+    with _frozen(cfg, source, start, ranks) as model:
         for name in missing:
             begin = time.perf_counter()
-            result = logprobs(model, data[name], parts[name], cfg.model.temperature)
+            mine, idle = ranks.deal(parts[name], data[name].examples)
+            result = logprobs(model, data[name], mine, cfg.model.temperature, idle, ranks)
             text = f"computed in {time.perf_counter() - begin:.1f} s"
-            if store is not None:
+            if store is not None and ranks.first:
                 kept = cache.write(files[name], result)
                 text += f", kept in {files[name]}" if kept else f" ({store} cannot be written, so they are not kept)"
             say(f"{FIELDS[column]} = {source}: log-probs of {len(data[name])} {name} rows {text}")
@@ -225,14 +243,15 @@ def _find_or_make(cfg: Config, column, source, data, parts, contents, start, say
 
 
 @contextlib.contextmanager
-def _frozen(cfg: Config, source: str, start: Callable[[], torch.nn.Module]) -> Iterator[torch.nn.Module]:
+def _frozen(cfg: Config, source: str, start: Callable[[], torch.nn.Module], ranks: Ranks) -> Iterator[torch.nn.Module]:
     if source == "start":
         yield start()
     elif source == "base":
         with adapter.off(start()) as model:
             yield model
     else:
-        yield adapter.load(source, _dtype(cfg), cfg.model.attention).to(pick_device(cfg.train.device))
+        model, device = adapter.load(source, _dtype(cfg), cfg.model.attention), pick_device(cfg.train.device)
+        yield sharding.place(model, device, ranks.kind, ranks)
 
 
 def _dtype(cfg: Config) -> torch.dtype:

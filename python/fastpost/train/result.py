@@ -13,13 +13,15 @@ from fastpost.hf import adapter, folder
 
 from . import checkpoint
 from .config import Config
+from .distributed import ALONE, Ranks
 from .forward import wider_than_bf16
 from .freezing import frozen_names
 from .run_folder import RunFolder
 
 
-def write(cfg: Config, run: RunFolder, model: torch.nn.Module, optimizer) -> Path:
-    """Write the folder and return it. Ends training: the optimizer's state is dropped.
+def write(cfg: Config, run: RunFolder, model: torch.nn.Module, optimizer, ranks: Ranks = ALONE) -> Path:
+    """Write the folder and return it. Ends training: the optimizer's state is dropped. All ranks call this: the first
+    writes, and of a sharded model the others give it their parts.
 
     Raises CheckpointError when the disk is full or fails, naming what the run can go on from.
     """
@@ -27,14 +29,20 @@ def write(cfg: Config, run: RunFolder, model: torch.nn.Module, optimizer) -> Pat
     out = run.adapter if adapted else run.model
 
     def save(to: Path) -> None:
-        if adapted:
+        if not ranks.first:
+            if ranks.sharded and adapted:
+                adapter.give_parts(model)
+            elif ranks.sharded:
+                folder.give_parts(model, place.base, unchanged)
+        elif adapted:
             adapter.save(model, place.base, to, tokenizer=place.tokenizer)
         else:
             folder.save_folder(model, place.base, to, unchanged=unchanged)
 
     try:
         if optimizer.ema is not None:
-            shutil.rmtree(average(out), ignore_errors=True)  # of an end that was cut short
+            if ranks.first:
+                shutil.rmtree(average(out), ignore_errors=True)  # of an end that was cut short
             with optimizer.ema.applied(torch.float32):
                 save(average(out))
         if adapted or wider_than_bf16(place.base):

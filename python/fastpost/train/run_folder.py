@@ -15,17 +15,19 @@ import fastpost
 from . import checkpoint
 from .config import Config, dump, load_config, to_dict
 
-FREE = ("log.", "train.output_dir", "train.resume", "train.keep_latest", "data.cache")
-"""Fields that change no number of a run; a resume may differ in them."""
+FREE = ("log.", "train.output_dir", "train.resume", "train.keep_latest", "train.parallel", "data.cache")
+"""Fields that a resume may differ in: they change no number of a run (train.parallel, like the number of ranks, no more
+than rounding)."""
 
 
 class RunFolder:
     """Opens the folder of `cfg`, creating it, or to resume. Holds a lock until `close` (or the end of the process).
+    owner=False (a rank other than the first): knows the names, and touches nothing.
 
     Raises ValueError when the folder is in use, holds something else, or holds a run with other settings.
     """
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, *, owner: bool = True):
         self.path = Path(cfg.train.output_dir)
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
@@ -34,6 +36,9 @@ class RunFolder:
         self.model = self.path / "model"
         self.adapter = self.path / "adapter"
         self.plot = self.path / "loss.png"
+        self._lock = None
+        if not owner:
+            return
         self._refuse_foreign()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
@@ -59,7 +64,8 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     @property
     def _began(self) -> bool:

@@ -80,9 +80,9 @@ def _objective() -> dict:
     """`name` beside the hyperparameters of the objective that it names."""
     from fastpost import objectives
 
-    spellings = {key: sorted({key, *_spellings(kind)}) for key, kind in objectives.ALL.items()}
+    spellings = {key: sorted({key, *_spellings(kind)}) for key, kind in objectives.BY_NAME.items()}
     cases = []
-    for key, kind in objectives.ALL.items():
+    for key, kind in objectives.BY_NAME.items():
         properties = {"name": {"enum": spellings[key]}} | {f.name: _number(f) for f in dataclasses.fields(kind)}
         description = " ".join(kind.__doc__.split("\n\n")[0].split())
         cases.append(
@@ -111,6 +111,6 @@ def _number(field: dataclasses.Field) -> dict:
 
 
 def _spellings(kind: type) -> list[str]:
-    """The class's own name, and with a dash as recipes write it: LNDPO, ln-dpo."""
-    name = kind.__name__
-    return [name, "ln-dpo"] if name == "LNDPO" else [name]
+    """The class's own name, and with dashes as recipes write it: LNDPO, ln-dpo."""
+    dashed = {"LNDPO": ["ln-dpo"], "TwoPartSFT": ["two-part-sft"]}
+    return [kind.__name__, *dashed.get(kind.__name__, [])]

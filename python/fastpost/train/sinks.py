@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -120,8 +121,13 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = run / "tensorboard"
-        again = folder.is_dir() and any(folder.iterdir())
-        self.writer = SummaryWriter(str(folder), purge_step=finished + (finished > 0) if again else None, flush_secs=10)
+        files = sorted(folder.glob("events.out.tfevents.*"))
+        if not finished:
+            while files:
+                files.pop().unlink()
+        if files:  # readers order files by the second in their names
+            time.sleep(max(0.0, 1.01 - (time.time() - files[-1].stat().st_ctime)))
+        self.writer = SummaryWriter(str(folder), purge_step=finished + 1 if files else None, flush_secs=10)
         if not finished:
             self.writer.add_text("config", f"```yaml\n{dump(cfg)}```", 0)
 
