@@ -68,6 +68,11 @@ def at_its_closed_form(value):
     return check
 
 
+def kto(r: Run):
+    at_its_closed_form(0.5)(r)
+    assert r.first["kl"] == 0 and all("kl" in step for step in r.steps)  # nothing has moved yet
+
+
 def simpo(r: Run):
     o, (chosen, rejected) = r.objective, means(r)
     z = o.beta * (chosen - rejected - o.gamma_beta_ratio)
@@ -238,7 +243,7 @@ CHECKS = {
     "dpo": (at_its_closed_form(LN2), ()),
     "ln-dpo": (at_its_closed_form(LN2), ()),
     "ipo": (at_its_closed_form(1.0), ()),
-    "kto": (at_its_closed_form(0.5), ()),
+    "kto": (kto, ()),
     "inpo": (at_its_closed_form(100.0), ()),
     "refuel": (refuel, ()),
     "sft": (sft, ()),
