@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from pathlib import Path
+
 import pytest
 
 from fastpost import cli, objectives
@@ -126,7 +128,8 @@ def test_built_in_names_become_paths_and_rows_are_written_once(monkeypatch, tmp_
     monkeypatch.setattr(smollm2, "fetch", lambda: tmp_path / "model")
     cfg = built_in.resolve(configured("--model.reference", "built-in/smollm2"))
     assert cfg.model.path == cfg.model.reference == str(tmp_path / "model")
-    assert cfg.data.train.endswith("pairs/train.jsonl") and cfg.data.eval.endswith("pairs/same.jsonl")
+    for path, name in ((cfg.data.train, "pairs/train.jsonl"), (cfg.data.eval, "pairs/same.jsonl")):
+        assert path.endswith(name) and Path(path).is_file()
     said = capsys.readouterr()
     assert said.out == "" and f"data.train: made {cfg.data.train}\n" in said.err
     assert "model.path: fetching SmolLM2-135M-Instruct once" in said.err

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+import launch
 import tiny
 from fastpost import cli
 from fastpost.data.collate import Example, Sequence
@@ -113,6 +114,17 @@ def test_it_matters_and_does_not_depend_on_the_cut_into_micro_batches(tmp_path):
         curves["one"][positive[0]]["loss"], rel=1e-4
     )
     assert "kl" not in curves["off"][0]
+
+
+def test_ranks_agree_on_it(tmp_path):
+    for out, ranks in (("alone", 1), ("ranks", 2)):
+        options = ["--train.micro_batch_size", "2", "--train.output_dir", str(tmp_path / out)]
+        cfg = kto(tmp_path, *options)
+        assert launch.Forked(lambda cfg=cfg: train(cfg), ranks).wait() == [0] * ranks
+    alone, ranks = (metrics.read(tmp_path / out / "metrics.jsonl") for out in ("alone", "ranks"))
+    for a, b in zip(alone, ranks, strict=True):
+        name = "kl" if "kl" in a else "eval_kl"
+        assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5)
 
 
 def test_eval_says_what_the_run_said(tmp_path, capsys):
