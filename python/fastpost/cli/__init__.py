@@ -23,7 +23,11 @@ VERBS = {
     "generate": ("fastpost.cli.generate", "MODEL [PROMPT ...]", "answer prompts, greedy or sampled"),
     "plot": ("fastpost.cli.plot", "RUN [RUN ...]", "draw the curves of one run or several"),
     "export": ("fastpost.cli.export", "RUN OUT", "write a run's model or adapter; --merge for both in one"),
-    "recipes": ("fastpost.cli.recipes", "ls | cp NAME [FILE]", "list the recipes that come with fastpost, or copy one"),
+    "recipes": (
+        "fastpost.cli.recipes",
+        "ls | cp NAME [--gpu]",
+        "list the recipes that come with fastpost, or copy one",
+    ),
     "env": ("fastpost.cli.env", "[--json]", "versions, what was built, what was found"),
     "quantize": (None, "", "int4 weights (not in this version)"),
 }

@@ -13,6 +13,7 @@ import os
 import sys
 from pathlib import Path
 
+from fastpost.cli.built_in import resolve
 from fastpost.train.config import Config, help_text, load_config
 
 ROWS = 3
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> int:
     if argv[0] in ("score", "select"):
         return importlib.import_module(f"fastpost.cli.{argv[0]}").main(argv[1:])
     own, rest = own_options(argv[1:])
-    cfg = load_config(argv[0], rest)
+    cfg = resolve(load_config(argv[0], rest))
     from fastpost import objectives
     from fastpost.cli.account import account
     from fastpost.data.loader import load_dataset

@@ -28,10 +28,11 @@ def main(argv: list[str]) -> int:
         model = argv[at + 1]
         del argv[at : at + 2]
 
+    from fastpost.cli.built_in import resolve
     from fastpost.train.config import load_config
     from fastpost.train.evaluate import evaluate_config
 
-    result = evaluate_config(load_config(argv[0], argv[1:]), Path(model) if model else None)
+    result = evaluate_config(resolve(load_config(argv[0], argv[1:])), Path(model) if model else None)
     if as_json:
         print(json.dumps(result))
         return 0

@@ -69,7 +69,8 @@ def run(seed: int, steps: int | None, out: Path | None, clock: Clock) -> Path:
     # beside the run, not in it: the run folder belongs to `fastpost train`
     data = word_problems.write(out.parent / f"word-problems-seed{seed}", seed=seed, held_out=HELD_OUT)
     questions = {name: word_problems.problems(name, 1, seed)[0] for name in SETS}
-    options = {"model.path": model, "data.train": data["train"], "train.output_dir": out, "train.seed": seed}
+    options = {"model.path": model, "data.train": data["train"], "data.eval": "null"}  # the table below scores them
+    options |= {"train.output_dir": out, "train.seed": seed}
     if steps is not None:
         options["train.max_steps"] = steps
     overrides = [text for name, value in options.items() for text in (f"--{name}", str(value))]

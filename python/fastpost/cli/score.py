@@ -7,6 +7,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from fastpost.cli.built_in import resolve
 from fastpost.train.config import Config, load_config
 
 USAGE = """usage: fastpost data score RECIPE OUT.jsonl [--ngram REFERENCE [--order N]] [--group.key VALUE ...]
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> int:
     order, rest = take(rest, "--order")
     if order is not None and not (order.isdigit() and int(order) > 0):
         raise ValueError(f"data score: --order: expected a whole number of at least 1, got {order!r}.")
-    cfg = load_config(recipe, rest)
+    cfg = resolve(load_config(recipe, rest))
     if not isinstance(cfg.data.train, str):
         raise ValueError("data score: data.train is a list of sources. Score one file at a time: --data.train FILE.")
 

@@ -21,6 +21,7 @@ Options:
 
 
 def main(argv: list[str]) -> int:
+    from fastpost.cli.built_in import resolve
     from fastpost.train.config import field_names, load_config
 
     if not argv or argv[0] in ("-h", "--help"):
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
     if not argv:
         raise ValueError("train: --dry-run: expected a recipe, got none. Write: fastpost train RECIPE --dry-run")
     try:
-        cfg = load_config(argv[0], argv[1:])
+        cfg = resolve(load_config(argv[0], argv[1:]))
     except ValueError:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise

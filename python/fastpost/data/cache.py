@@ -30,7 +30,7 @@ from fastpost.data.table import Table
 from fastpost.train.config import DataConfig
 
 ELSEWHERE = (
-    "eval", "eval_limit", "shuffle", "share_prompt", "epoch_tokens", "draw", "cache",
+    "eval", "eval_limit", "shuffle", "share_prompt", "epoch_tokens", "draw", "cache", "mismatched",
 )  # fmt: skip
 """Data settings that do not change what a file's rows become. Any other is part of the key, future ones too."""
 

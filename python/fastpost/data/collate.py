@@ -90,6 +90,7 @@ class Batch:
     reward: torch.Tensor | None  # float32 [S]
     rows: list[int]  # dataset row of each pair (or sequence)
     longest: int  # tokens in the longest sequence, shared ones included (varlen kernels ask for it at launch)
+    kl: torch.Tensor | None = None  # float32 [1], KTO's estimate for the whole step, the same in all its micro-batches
     cu_parts: torch.Tensor | None = None  # int32 [2S+1], where the two parts of each sequence are scored; None = whole
 
     @property

@@ -115,6 +115,9 @@ class DataConfig:
     draw: Literal["dynamic", "fixed"] = "dynamic"
     """Which rows an epoch takes of a source that has more than its share. dynamic = drawn anew each epoch; fixed = the
     same ones every epoch."""
+    mismatched: bool = True
+    """KTO: also score each prompt with another row's reply, without a gradient; the mean of log p - reference over a
+    step is the divergence that the loss subtracts. False = 0, for two thirds of the time (TRL's apo_zero_unpaired)."""
     cache: str | None = "auto"
     """Folder for tokenised data and for log-probs of references, each found again by a hash of all it depends on.
     auto = fastpost in $XDG_CACHE_HOME or ~/.cache; None = make them each time."""

@@ -18,9 +18,10 @@ from fastpost.hf import adapter, folder
 from . import reference
 from .config import Config
 from .device import pick_device
-from .distributed import ALONE, Ranks
+from .distributed import ALONE, Ranks, Turns
 from .forward import forward, lengths, start_of
 from .metrics import Sums, add_output
+from .mismatched import Mismatched, given
 from .optim import COMPUTE_DTYPE
 from .progress import progress
 
@@ -78,7 +79,18 @@ def evaluate_config(cfg: Config, path: Path | None = None) -> dict[str, float]:
         return adapter.load_place(place, dtype, cfg.model.attention).to(device)
 
     start, to_stderr = start_of(cfg.model), partial(print, file=sys.stderr, flush=True)
-    reference.attach(cfg, sources, {"eval": data}, {"eval": parts}, None, lambda: load(start), say=to_stderr)
+    others, whole = Mismatched(cfg, objective, sources, {"eval": data}), {"eval": parts}
+    reference.attach(
+        cfg,
+        sources,
+        {"eval": data} | others.data,
+        whole | others.parts(whole),
+        None,
+        lambda: load(start),
+        say=to_stderr,
+    )
     model = load(folder.locate(path) if path else start)
     batches = map(data.batch, progress(parts, "evaluate", unit="batches"))
-    return evaluate(model, objective, batches, cfg.model.temperature)
+    kl = others.estimate(model, "eval", Turns(parts, []))
+    values = evaluate(model, objective, given(batches, kl), cfg.model.temperature)
+    return values if kl is None else values | {"kl": kl}

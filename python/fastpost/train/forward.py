@@ -40,7 +40,7 @@ def forward(model: torch.nn.Module, batch: Batch, objective, temperature: float 
 
 def compute(model: torch.nn.Module, batch: Batch, objective, temperature: float = 1.0):
     h, hidden = head(model), backbone(model, batch)
-    columns = {name: getattr(batch, name) for name in ("reference_logprob", "previous_logprob", "reward")}
+    columns = {name: getattr(batch, name) for name in ("reference_logprob", "previous_logprob", "reward", "kl")}
     options = {"temperature": h.temperature * temperature, "softcap": h.softcap}
     if isinstance(h.weight, DTensor):
         logprob = fsdp_head_logprob(hidden, h.weight, batch.target, gradient="sum", **options)

@@ -22,6 +22,7 @@ from .evaluate import evaluate
 from .flops import Flops, peak_flops
 from .forward import load_policy, schedule
 from .metrics import NoLog, RunLog, peak_memory_gb
+from .mismatched import Mismatched, given
 from .optim import COMPUTE_DTYPE, AdamW
 from .plan import Plan
 from .progress import progress, waiting
@@ -64,6 +65,7 @@ def _train(cfg: Config, run: RunFolder, ranks: Ranks) -> None:
     sources = reference.sources(cfg.model, objective)
     tokenizer = folder.load_tokenizer(cfg.model.path)
     data = load_data(cfg, tokenizer, objective, sources)
+    others = Mismatched(cfg, objective, sources, data)
     samples = Samples(cfg.log, tokenizer, data["eval"].examples if "eval" in data else [])
     plan = Plan(cfg, data["train"], ranks.size)
     print(*plan.mixture.lines(), sep="\n", end="\n" * (not plan.mixture.whole), flush=True)
@@ -79,7 +81,9 @@ def _train(cfg: Config, run: RunFolder, ranks: Ranks) -> None:
     if ranks.size > 1:
         print(f"ranks  {ranks.size} x {device.type}, {ranks.kind}", flush=True)
     optimizer = AdamW.from_config(model, cfg)
-    reference.attach(cfg, sources, data, parts, run.reference, lambda: model, ranks=ranks)
+    reference.attach(
+        cfg, sources, data | others.data, parts | others.parts(parts), run.reference, lambda: model, ranks=ranks
+    )
 
     torch.manual_seed(cfg.train.seed + 1_000_003 * ranks.rank)  # ranks draw different dropout
     newest = ranks.from_first(lambda: str(checkpoint.latest(run.checkpoints) or ""))
@@ -101,7 +105,9 @@ def _train(cfg: Config, run: RunFolder, ranks: Ranks) -> None:
             def measure() -> dict[str, float]:
                 mine = map(data["eval"].batch, progress(turns.mine, "evaluate", unit="batches"))
                 idle = map(data["eval"].batch, turns.idle)
-                return evaluate(model, objective, mine, temperature, idle=idle, ranks=ranks)
+                kl = others.estimate(model, "eval", turns, ranks)
+                values = evaluate(model, objective, given(mine, kl), temperature, idle=idle, ranks=ranks)
+                return values if kl is None else values | {"kl": kl}
 
             values = measure()
             if optimizer.ema is not None and step > 0:
@@ -130,9 +136,11 @@ def _train(cfg: Config, run: RunFolder, ranks: Ranks) -> None:
                 log.say(f"stopped after step {step}/{plan.steps}; the same command goes on from there")
                 raise Stopped(128 + number)
             begin = time.perf_counter()
-            mine, idle = ranks.deal(plan.parts(step), data["train"].examples)
+            mine, idle = turns = ranks.deal(plan.parts(step), data["train"].examples)
             batches = [data["train"].batch(part) for part in mine]
             ready = time.perf_counter()
+            kl = others.estimate(model, "train", turns, ranks)
+            batches = list(given(batches, kl))
             values = train_step(
                 model, objective, optimizer, batches, step=step, lr=plan.lr(step),
                 max_grad_norm=cfg.optim.max_grad_norm, temperature=temperature,
@@ -142,7 +150,7 @@ def _train(cfg: Config, run: RunFolder, ranks: Ranks) -> None:
 
             tokens = plan.tokens(step)
             seen += tokens
-            values |= {"epoch": plan.epoch(step + 1), "num_tokens": seen}
+            values |= {"epoch": plan.epoch(step + 1), "num_tokens": seen} | ({} if kl is None else {"kl": kl})
             timing = {
                 "ms": 1e3 * seconds,
                 "tps": tokens / seconds,
