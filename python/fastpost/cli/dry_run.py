@@ -19,7 +19,7 @@ from fastpost.cli.account import account
 from fastpost.cli.data import colour, describe, show
 from fastpost.data.loader import Dataset
 from fastpost.hf import folder
-from fastpost.train import checkpoint, memory, reference, sinks
+from fastpost.train import checkpoint, memory, reference, routers, sinks
 from fastpost.train.config import Config, load_config
 from fastpost.train.device import pick_device
 from fastpost.train.flops import Flops
@@ -45,6 +45,7 @@ def dry_run(cfg: Config, overrides: list[str]) -> None:
     objective = objectives.from_name(cfg.objective.name, **cfg.objective.fields)
     sources, start = reference.sources(cfg.model, objective), start_of(cfg.model)
     changed = f", {' '.join(overrides)}" if overrides else ""
+    balance = routers.of_folder(start.base, cfg.model.router_aux_loss)
     print(f"config  {objective}, reference {reference.describe(sources)}{changed}")
     print(f"output  {output(cfg)}")
 
@@ -58,6 +59,8 @@ def dry_run(cfg: Config, overrides: list[str]) -> None:
     plan = Plan(cfg, data["train"])
     model = memory.shape_policy(cfg, compute)
     print(f"model   {parameters(model)}, {str(compute).removeprefix('torch.')} on {device}")
+    if balance:
+        print(balance.line())
     longest, most, flops = survey(plan, data["train"], Flops(model))
     print(schedule(cfg, plan, longest, most, flops))
     batch = data["train"].batch(longest)

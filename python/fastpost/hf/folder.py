@@ -287,8 +287,11 @@ def _write_weights(model, source: Path, out: Path, dtype: torch.dtype | None, un
     if renamed:
         kind = dtype or _dtype(next(iter(next(iter(headers.values())).values())))
         complete = ((key, whole(value)) for key, value in state.items())
+        # Put together from shards, the two of a tied pair no longer share memory, by which transformers knows them.
+        second = set(getattr(model, "all_tied_weights_keys", None) or {}) - wanted
         model.save_pretrained(
-            out, state_dict={k: v.to("cpu", kind) if v.is_floating_point() else v for k, v in complete}
+            out,
+            state_dict={k: v.to("cpu", kind) if v.is_floating_point() else v for k, v in complete if k not in second},
         )
         written = {key for file in out.glob("*.safetensors") for key in header(file)}
         if written != wanted:

@@ -32,13 +32,18 @@ def backbone(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Final hidden states [T, D] (after the last norm) of a packed batch, in the dtype of the model's computation.
 
     `model`: a causal LM of transformers, or peft's wrapper of one."""
-    out = lora.inner(model).base_model(
+    return outputs(model, batch).last_hidden_state[0]
+
+
+def outputs(model: torch.nn.Module, batch: Batch, **wanted: bool):
+    """All that the backbone returns of a packed batch. `wanted`: its options, e.g. output_router_logits=True."""
+    return lora.inner(model).base_model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         use_cache=False,
         **attention.packed_arguments(batch.cu_seqlens, batch.longest, batch.cu_seqlens_k, batch.key_rows),
+        **wanted,
     )
-    return out.last_hidden_state[0]
 
 
 def head(model: torch.nn.Module) -> Head:

@@ -15,7 +15,7 @@ from fastpost.data.collate import Batch
 from fastpost.data.loader import load_dataset
 from fastpost.hf import adapter, folder
 
-from . import reference
+from . import reference, routers
 from .config import Config
 from .device import pick_device
 from .distributed import ALONE, Ranks, Turns
@@ -31,8 +31,8 @@ def evaluate(
     model: torch.nn.Module, objective, batches: Iterable[Batch], temperature: float = 1.0, *,
     idle: Iterable[Batch] = (), ranks: Ranks = ALONE,
 ) -> dict[str, float]:  # fmt: skip
-    """Means over all rows of the `batches` of all ranks under TRL's names, plus `rows`, their number. The model's mode
-    and state are left alone. `idle`: see train_step."""
+    """Means over all rows of the `batches` of all ranks under TRL's names, plus `rows`, their number. `loss` and
+    `aux_loss` mean what they do in training. The model's mode and state are left alone. `idle`: see train_step."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     sums, rows = Sums(), 0
@@ -49,7 +49,9 @@ def evaluate(
     rows = int(ranks.sum(rows))
     if not rows:
         raise ValueError("[evaluate] batches: expected at least one row, got none.")
-    return sums.means(ranks) | {"rows": rows}
+    means = sums.means(ranks)
+    means["loss"] += routers.share(model, means)
+    return means | {"rows": rows}
 
 
 def evaluate_config(cfg: Config, path: Path | None = None) -> dict[str, float]:
@@ -90,6 +92,7 @@ def evaluate_config(cfg: Config, path: Path | None = None) -> dict[str, float]:
         say=to_stderr,
     )
     model = load(folder.locate(path) if path else start)
+    routers.attach(model, cfg.model.router_aux_loss)
     batches = map(data.batch, progress(parts, "evaluate", unit="batches"))
     kl = others.estimate(model, "eval", Turns(parts, []))
     values = evaluate(model, objective, given(batches, kl), cfg.model.temperature)

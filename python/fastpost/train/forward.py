@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -13,10 +14,11 @@ from torch.distributed.tensor import DTensor
 import fastpost
 from fastpost.data.collate import IGNORE, Batch
 from fastpost.hf import adapter, folder, lora
-from fastpost.hf.model import backbone, head, verify
+from fastpost.hf.model import head, outputs, verify
 from fastpost.ops.preference_loss import schedule_of
 from fastpost.parallel import fsdp_head_logprob
 
+from . import routers
 from .config import Config, ModelConfig
 from .freezing import freeze
 from .optim import COMPUTE_DTYPE
@@ -26,9 +28,21 @@ SHARDED = "fastpost_forward"
 """Attribute of a model that sharding.py has cut over ranks: `compute` with FSDP's gathering around it."""
 
 
-def forward(model: torch.nn.Module, batch: Batch, objective, temperature: float = 1.0):
-    """The objective's PreferenceOutput on `batch`: losses [P or S], logprob [S], rewards [S], length [S], all
-    float32. Log-probs are those of logits / temperature. Of a sharded model every rank must call it."""
+class Output(NamedTuple):
+    """fastpost.PreferenceOutput (P: pairs, or sequences for objectives without; S: sequences), all float32 but length,
+    and the loss of the routers."""
+
+    loss: torch.Tensor  # []
+    losses: torch.Tensor  # [P]
+    logprob: torch.Tensor  # [S]
+    rewards: torch.Tensor  # [S]
+    length: torch.Tensor  # [S] int32
+    aux_loss: torch.Tensor | None  # [] routers.load_balance, without its weight; None where none is wanted
+
+
+def forward(model: torch.nn.Module, batch: Batch, objective, temperature: float = 1.0) -> Output:
+    """The objective on `batch`. Log-probs are those of logits / temperature. Of a sharded model every rank must call
+    it."""
     sharded = getattr(model, SHARDED, None)
     if sharded is None:
         return compute(model, batch, objective, temperature)
@@ -38,14 +52,18 @@ def forward(model: torch.nn.Module, batch: Batch, objective, temperature: float 
     return output
 
 
-def compute(model: torch.nn.Module, batch: Batch, objective, temperature: float = 1.0):
-    h, hidden = head(model), backbone(model, batch)
+def compute(model: torch.nn.Module, batch: Batch, objective, temperature: float = 1.0) -> Output:
+    h, balance = head(model), routers.on(model)
+    out = outputs(model, batch, **({"output_router_logits": True} if balance else {}))
+    hidden = out.last_hidden_state[0]
+    aux_loss = routers.load_balance(out.router_logits, balance.top_k) if balance else None
     columns = {name: getattr(batch, name) for name in ("reference_logprob", "previous_logprob", "reward", "kl")}
     options = {"temperature": h.temperature * temperature, "softcap": h.softcap}
     if isinstance(h.weight, DTensor):
         logprob = fsdp_head_logprob(hidden, h.weight, batch.target, gradient="sum", **options)
-        return fastpost.preference_loss_from_logprob(logprob, batch.target, batch.cu_scored, objective, **columns)
-    return fastpost.preference_loss(
+        scored = fastpost.preference_loss_from_logprob(logprob, batch.target, batch.cu_scored, objective, **columns)
+        return Output(*scored, aux_loss)
+    scored = fastpost.preference_loss(
         hidden,
         h.weight,
         batch.target,
@@ -56,6 +74,7 @@ def compute(model: torch.nn.Module, batch: Batch, objective, temperature: float 
         **columns,
         **options,
     )
+    return Output(*scored, aux_loss)
 
 
 def schedule(model: torch.nn.Module, batch: Batch, objective):
@@ -92,6 +111,7 @@ def load_policy(cfg: Config, device: torch.device, *, move: bool = True) -> torc
                 "folder again."
             )
     verify(model)
+    routers.attach(model, cfg.model.router_aux_loss)
     freeze(model, cfg.model.train, cfg.model.freeze)
     recompute(lora.inner(model), cfg.train.gradient_checkpointing, device)
     return model.to(device) if move else model

@@ -14,13 +14,13 @@ from fastpost import objectives
 from fastpost.data.loader import Dataset, load_dataset
 from fastpost.hf import folder
 
-from . import checkpoint, freezing, moments, plot, reference, result, sharding, sinks
+from . import checkpoint, freezing, moments, plot, reference, result, routers, sharding, sinks
 from .config import Config
 from .device import pick_device
 from .distributed import Ranks, join
 from .evaluate import evaluate
 from .flops import Flops, peak_flops
-from .forward import load_policy, schedule
+from .forward import load_policy, schedule, start_of
 from .metrics import NoLog, RunLog, peak_memory_gb
 from .mismatched import Mismatched, given
 from .optim import COMPUTE_DTYPE, AdamW
@@ -63,6 +63,7 @@ def _train(cfg: Config, run: RunFolder, ranks: Ranks) -> None:
         moments.library()
     objective = objectives.from_name(cfg.objective.name, **cfg.objective.fields)
     sources = reference.sources(cfg.model, objective)
+    balance = routers.of_folder(start_of(cfg.model).base, cfg.model.router_aux_loss)
     tokenizer = folder.load_tokenizer(cfg.model.path)
     data = load_data(cfg, tokenizer, objective, sources)
     others = Mismatched(cfg, objective, sources, data)
@@ -75,7 +76,7 @@ def _train(cfg: Config, run: RunFolder, ranks: Ranks) -> None:
         parts["eval"] = plan.cut(data["eval"], list(range(len(data["eval"]))))
 
     model = load_policy(cfg, device, move=False)
-    print(freezing.summary(model), flush=True)
+    print(freezing.summary(model), *([balance.line()] if balance else []), sep="\n", flush=True)
     flops = Flops(model)
     model = sharding.place(model, device, cfg.train.parallel, ranks)
     if ranks.size > 1:
@@ -159,7 +160,8 @@ def _train(cfg: Config, run: RunFolder, ranks: Ranks) -> None:
                 "data_wait": (ready - begin) / seconds,
             }
             if step == 0:
-                log.say(initial_check(values["loss"], objective.initial_loss(), sources, cfg.optim.precision))
+                own = values["loss"] - routers.share(model, values)
+                log.say(initial_check(own, objective.initial_loss(), sources, cfg.optim.precision))
                 if batches and not ranks.sharded:
                     log.say(f"head   {schedule(model, batches[0].to(device), objective)}")
             log.step(step + 1, values, timing)

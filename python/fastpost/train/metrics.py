@@ -55,12 +55,15 @@ class Sums:
 
 
 def add_output(sums: Sums, objective, batch, output, count: float) -> None:
-    """Add a PreferenceOutput's numbers under TRL's names. `count` is what the loss of this micro-batch is divided by.
+    """Add the numbers of forward's Output under TRL's names. `count` is what the loss of this micro-batch is divided
+    by; aux_loss is weighted by tokens.
 
     rewards/*: implicit rewards as the objective defines them; logps/*: summed log-probs per sequence; pairs: chosen =
     2i, rejected = 2i+1. Unpaired rows with a reward: above 0 is chosen.
     """
     sums.add("loss", output.losses, count)
+    if output.aux_loss is not None:
+        sums.add("aux_loss", output.aux_loss * batch.tokens, batch.tokens)
     rewards, logprob = output.rewards.detach(), output.logprob.detach()
     if objective.paired:
         chosen, rejected = rewards[0::2], rewards[1::2]
@@ -184,6 +187,8 @@ def _brief(values: dict) -> list[str]:
     parts = [f"loss {values['loss']:.4f}"]
     if "rewards/margins" in values:
         parts += [f"margin {values['rewards/margins']:.3f}", f"acc {values['rewards/accuracies']:.2f}"]
+    if "aux_loss" in values:
+        parts.append(f"aux {values['aux_loss']:.3f}")
     return parts
 
 

@@ -10,6 +10,7 @@ import torch
 
 from fastpost.data.collate import Batch
 
+from . import routers
 from .distributed import ALONE, Ranks
 from .forward import forward, lengths
 from .gradients import Gradients
@@ -41,15 +42,23 @@ def train_step(
     whole step, known on every rank before the first backward. So how rows are split into micro-batches and over ranks
     changes neither loss nor gradient. `idle`: batches that a sharded rank computes for the others' sake; they weigh
     nothing.
+
+    With balanced routers (a mixture of experts) the loss has weight * aux_loss in it, a mean over micro-batches
+    weighted by tokens, to which it matters a little which rows share a micro-batch: see routers.load_balance.
     """
     counts = [float(objective.count(lengths(b))) for b in batches]
     denominator = ranks.sum(sum(counts))
+    balance = routers.on(model)
+    tokens = ranks.sum(sum(b.tokens for b in batches)) if balance else 0
     sums, losses = Sums(), []
     with Gradients(optimizer.parameters, len(batches) + len(idle), ranks) as gradients:
         for batch, count in zip(batches, counts, strict=True):
             batch = batch.to(optimizer.device)
             output = forward(model, batch, objective, temperature)
-            (output.losses.sum() / denominator).backward()
+            loss = output.losses.sum() / denominator
+            if balance:
+                loss = loss + balance.weight * (batch.tokens / tokens) * output.aux_loss
+            loss.backward()
             add_output(sums, objective, batch, output, count)
             losses.append(output.losses.detach())
         for batch in idle:
@@ -57,6 +66,7 @@ def train_step(
         gradients.reduce()
         norm = gradients.norm()
         means = sums.means(ranks)
+        means["loss"] += routers.share(model, means)
         if not (math.isfinite(norm) and math.isfinite(means["loss"])):
             raise NotFinite(_explain(step, means["loss"], norm, losses, batches, lr, ranks))
         scale = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
