@@ -3,8 +3,8 @@
 
     python -m bench.packing --model DIR [--rows 16] [--repeat 3] [--data GSM8K]
 
-Both are fastpost's train_step with the same model, optimizer, recomputation and fused head (which computes scored tokens
-alone, padded or not), in one process, taking turns. The padded rows go through transformers' ordinary forward:
+Both are fastpost's train_step with the same model, optimizer, recomputation and fused head (which computes scored
+tokens alone, padded or not), in one process, taking turns. The padded rows go through transformers' ordinary forward:
 
     padded            with its attention mask, as trainers do
     padded, no mask   right padding under causal attention needs none, so attention may take its fast path
@@ -27,7 +27,7 @@ import torch
 import fastpost
 from bench import train_rows
 from bench.timing import CLOCKS
-from bench.train_sides import LR, MAX_LENGTH, OBJECTIVES
+from bench.train_sides import MAX_LENGTH, OBJECTIVES
 from fastpost import objectives
 from fastpost.data.collate import IGNORE, Batch, collate
 from fastpost.train import step
@@ -123,15 +123,15 @@ def speedup(case: dict, form: str) -> float:
 
 
 def report(case: dict) -> str:
-    lines = [f"\n{case['kind']}, {case['sequences_a_step']} sequences a step from {case['rows']}: {case['tokens']} tokens,"
-             f" {case['computed']} computed when packed, {case['padded']} when padded"]  # fmt: skip
+    title = f"{case['kind']}, {case['sequences_a_step']} sequences a step from {case['rows']}: {case['tokens']} tokens"
+    lines = [f"\n{title}, {case['computed']} computed when packed, {case['padded']} when padded"]
     for form, seconds in case["seconds"].items():
         away = max(abs(a - b) for a, b in zip(case["loss"][form], case["loss"]["packed"]))
-        slower = "" if form == "packed" else f"   packed is {speedup(case, form):.2f} times as fast"
-        tps = case["tokens"] / sum(seconds)
-        lines.append(
-            f"  {form:16} {statistics.median(seconds):7.2f} s/step {tps:8.1f} tok/s   loss differs by {away:.1e}{slower}"
+        figures = f"{statistics.median(seconds):7.2f} s/step {case['tokens'] / sum(seconds):8.1f} tok/s"
+        other = (
+            "" if form == "packed" else f"   loss {away:.1e} away; packed is {speedup(case, form):.2f} times as fast"
         )
+        lines.append(f"  {form:16} {figures}{other}")
     return "\n".join(lines)
 
 

@@ -3,9 +3,9 @@
 
     python -m bench.start --model DIR [--data GSM8K] [--objective sft dpo] [--repeat 3]
 
-`fastpost train` on rows of GSM8K (all 7473 for sft; 32 pairs for dpo, whose reference log-probs the first run computes),
-8 sequences a step, one thread. The first run finds empty caches (cold), the others what it left there (warm): tokenised
-data and log-probs, in a folder of this benchmark's own. The operating system has read all files before either.
+`fastpost train` on rows of GSM8K (all 7473 for sft; 32 pairs for dpo, whose reference log-probs the first run
+computes), 8 sequences a step, one thread. The first run finds empty caches (cold), the others what it left there
+(warm): tokenised data and log-probs, in a folder of this benchmark's own. The system has read all files before.
 """
 
 from __future__ import annotations
@@ -151,8 +151,9 @@ def warm(start: dict, name: str, clock: int = 0) -> float:
 
 
 def report(start: dict) -> str:
-    lines = [f"\n{start['objective']}, {start['count']} rows of {start['rows']}: seconds from the command to the end of "
-             "the first step", f"  {'':16} {'warm':>6} {'CPU':>6} {'cold':>6}"]  # fmt: skip
+    title = f"{start['objective']}, {start['count']} rows of {start['rows']}"
+    lines = [f"\n{title}: seconds from the command to the end of the first step"]
+    lines.append(f"  {'':16} {'warm':>6} {'CPU':>6} {'cold':>6}")
     for name in start["warm"][0]:
         figures = f"{warm(start, name):6.2f} {warm(start, name, 1):6.2f} {start['cold'][name][0]:6.2f}"
         lines.append(f"  {name:16} {figures}")
