@@ -4,7 +4,8 @@
     python -m bench                                   all ops
     python -m bench linear_logprob --peers eager trl  one op, two peers
     python -m bench --json --plot speed.png           also write bench/results/<machine>.json and a picture
-    python -m bench.train_step --model DIR            a whole SimPO step beside TRL's CPOTrainer
+    python -m bench.train --model DIR --json          all of `fastpost train`: beside TRL, packing, time to start
+    python -m bench.train_step --model DIR            whole steps (SFT, DPO, SimPO) beside TRL's trainers
     python -m bench.drop_in --model DIR               ten lines of plain PyTorch, with and without fastpost
 
 How to read the numbers. Providers run interleaved (A B C, C B A, ...) and medians are quoted. One thread comes first,

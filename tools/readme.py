@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the measured tables of README.md from bench/results/*.json: python tools/readme.py [--check]
 
-Three kinds of files are read: `python -m bench --json` ("cases"), `python -m bench.train_step --json` ("runs") and what
-tools/gpu_check adds for a GPU ("tests"). --check changes nothing and fails when README.md is not what they say.
+Four kinds of files are read: `python -m bench --json` ("cases"), `python -m bench.train --json` ("steps"), `python -m
+bench.train_step --json` ("runs") and what tools/gpu_check adds for a GPU ("tests"). --check changes nothing and fails
+when README.md is not what they say.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def load(folder: Path) -> list[dict]:
 def render(text: str, results: list[dict], kernels_of: dict[str, list[str]]) -> str:
     """`text` with the part between each pair of markers replaced."""
     bench = [section for r in results if r.get("cases") for section in measured(r)]
-    steps = [train_step(r) for r in results if r.get("runs")]
+    steps = [training(r) for r in results if r.get("steps")] + [train_step(r) for r in results if r.get("runs")]
     for name, body in (("measured", "\n\n".join(bench + steps) or NOTHING), ("gpu", gpus(results, kernels_of))):
         pattern = rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end of {name} -->)"
         text, count = re.subn(pattern, lambda m, body=body: m[1] + "\n" + body + "\n\n" + m[2], text, flags=re.S)
@@ -119,13 +120,68 @@ def _digits(x: float) -> str:
     return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
 
 
+# ---- training as a whole ---------------------------------------------------------------------------------------------
+
+NAMES = {"sft": "SFT", "dpo": "DPO", "simpo": "SimPO"}
+
+
+def training(r: dict) -> str:
+    """Tokens per second beside the fastest TRL and beside TRL as it comes; below it packing and the time to start."""
+    source, model = r["steps"][0]["rows"], r["model"]
+    lines = [f"**`fastpost train` of {model}, rows of {source}; {where(r)}, 1 thread, CPU time.**", ""]
+    head = ["", "tokens / s", "TRL's fastest", "", "TRL as it comes", "", "peak GB", "TRL", "loss at step 0", "TRL"]
+    lines += [_row(head), _row(["---"] + ["---:"] * (len(head) - 1))]
+    for part in r["steps"]:
+        sides: dict[str, list[dict]] = {}
+        for run in part["runs"]:
+            sides.setdefault(run["side"], []).append(run)
+        tps = {side: sum(_timed(runs, "step_tokens")) / sum(_timed(runs, "seconds")) for side, runs in sides.items()}
+        peers = [side for side in sides if side.split(",")[0] == "trl"]
+        what = "rows" if part["objective"] == "sft" else "pairs"
+        row = [f"{NAMES[part['objective']]}, {part['rows_a_step']} {what}", f"{tps[OURS]:.0f}"]
+        if "trl" in sides:
+            fastest = max(peers, key=tps.get)
+            said = f" ({fastest.removeprefix('trl, ')})" if fastest != "trl" else ""
+            row += [f"{tps[fastest]:.0f}{said}", f"{tps[OURS] / tps[fastest]:.2f} ×"]
+            row += [f"{tps['trl']:.0f}", f"{tps[OURS] / tps['trl']:.2f} ×"]
+            row += [f"{max(run['peak_gb'] for run in sides[side]):.2f}" for side in (OURS, "trl")]
+            row += [f"{sides[side][0]['loss'][0]:.5f}" for side in (OURS, "trl")]
+        lines.append(_row(row + ["–"] * (len(head) - len(row))))
+    packed = ", ".join(
+        f"{_packed(case):.2f} × in {NAMES[case['kind']]} ({case['sequences_a_step']} sequences a step)"
+        for case in r["packing"]
+    )
+    starts = ", ".join(
+        f"{statistics.median(w['total'][0] - w['first step'][0] for w in s['warm']):.1f} s ({NAMES[s['objective']]}, "
+        f"{s['count']} rows)"
+        for s in r["start"]["starts"]
+    )
+    asked = statistics.median(r["start"]["help"])
+    lines += ["", f"Tokens per second of packed rows ÷ those of rows padded to the longest of the step: {packed}. From "
+              f"the command to the first step with a warm cache: {starts}; `fastpost --help`: {asked:.2f} s (wall "
+              "time).", "", " ".join(r["probe"]["verdict"])]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _timed(runs: list[dict], name: str) -> list[float]:
+    """Of all steps but the first of each run."""
+    return [x for run in runs for x in run[name][1:]]
+
+
+def _packed(case: dict) -> float:
+    """Against the faster of the padded forms."""
+    ours, *others = case["seconds"].values()
+    return min(statistics.median(b / a for a, b in zip(ours, other)) for other in others)
+
+
 # ---- a whole training step -------------------------------------------------------------------------------------------
 
 
 def train_step(r: dict) -> str:
     """Median seconds without the first step, highest peak and first loss of each side."""
     head = ["threads", "", "s / step", "peak GB", "loss at step 0"]
-    lines = [f"**One SimPO optimizer step, rows of {r['rows']}; {where(r)}.**", ""]
+    objective = NAMES[r.get("objective", "simpo")]
+    lines = [f"**One {objective} optimizer step, rows of {r['rows']}; {where(r)}.**", ""]
     lines += [_row(head), _row(["---:", "---", "---:", "---:", "---:"])]
     for threads in sorted({run["threads"] for run in r["runs"]}):
         for side in dict.fromkeys(run["side"] for run in r["runs"]):
