@@ -73,7 +73,7 @@ def test_stopped_by_the_scheduler_and_resumed_at_a_random_step(tmp_path):
 def test_a_mistake_is_said_once_under_torchrun(tmp_path):
     runs.recipe(tmp_path)
     for overrides, message in (
-        (["--data.train", "none.jsonl"], "fastpost: none.jsonl: no such data file."),
+        (["--data.train", "none.jsonl"], "got none.jsonl, and there is no such file."),
         (["--train.paralel", "ddp"], "fastpost: command line: unknown option --train.paralel. Did you mean"),
         (["--train.parallel", "tp"], "expected one of auto, ddp, fsdp; got 'tp'"),
     ):
