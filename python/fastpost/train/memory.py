@@ -112,6 +112,12 @@ def shape_step(model: torch.nn.Module, batch: Batch) -> None:
     _Head.apply(hidden, model.get_output_embeddings().weight).backward()
 
 
+def _grouped_shape(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, *_, **__) -> torch.Tensor:
+    """torch._grouped_mm on the meta device, where torch 2.13 has it for bfloat16 alone: [M, K] x [E, K, N] forward,
+    [K, M] x [M, N] -> [E, K, N] for the weight's gradient."""
+    return a.new_empty(len(a), b.shape[-1]) if b.ndim == 3 else a.new_empty(len(offs), len(a), b.shape[-1])
+
+
 class Live(TorchDispatchMode):
     """Bytes of the meta tensors alive: `now`, and `peak`, the most there ever were at once."""
 
@@ -121,7 +127,10 @@ class Live(TorchDispatchMode):
         self._known = weakref.WeakSet()
 
     def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float32:
+            out = _grouped_shape(*args, **(kwargs or {}))
+        else:
+            out = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and leaf.device.type == "meta":
                 storage = leaf.untyped_storage()

@@ -28,7 +28,7 @@ from fastpost.hf.model import outputs
 ATTACHED = "fastpost_routers"
 """Attribute of a model whose `forward` computes the loss: its Routers."""
 EXPERTS = ("num_local_experts", "num_experts", "moe_num_experts", "n_routed_experts")
-TOP_K = ("num_experts_per_tok", "moe_top_k")
+TOP_K = ("num_experts_per_tok", "moe_top_k", "top_k_experts")
 WEIGHT = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")  # the last two are JetMoE's and DBRX's
 
 
