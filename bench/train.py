@@ -21,13 +21,8 @@ import torch
 
 from bench import machine, packing, start, train_step
 
-SIDES = {
-    "sft": ["fastpost", "fastpost, checkpointing off", "trl", "trl, checkpointing off",
-            "trl, float32, checkpointing off", "trl, padding-free, checkpointing off",
-            "trl, packing, checkpointing off"],
-    "dpo": ["fastpost", "fastpost, checkpointing off", "trl", "trl, checkpointing off",
-            "trl, float32, checkpointing off"],
-}  # fmt: skip
+TRL = ["trl", "trl, checkpointing off", "trl, float32, checkpointing off"]
+SIDES = {"sft": ["fastpost", *TRL, "trl, padding-free, checkpointing off"], "dpo": ["fastpost", *TRL]}
 TPS, PACKING, FIRST_STEP, HELP = 1.5, 1.5, 15.0, 0.4
 
 
