@@ -63,9 +63,11 @@ def pad(examples: list, masked: bool) -> Padded:
 
 def forward(model: torch.nn.Module, batch: Padded, objective, temperature: float = 1.0):
     """fastpost.train.forward.forward of a padded batch."""
+    from fastpost.train.forward import Output
+
     out = model.base_model(input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False)
     weight, hidden = model.get_output_embeddings().weight, out.last_hidden_state.flatten(0, 1)
-    return fastpost.preference_loss(hidden, weight, batch.target, batch.cu_seqlens, objective)
+    return Output(*fastpost.preference_loss(hidden, weight, batch.target, batch.cu_seqlens, objective), None)
 
 
 def measure(model: str, kind: str, data: Path, *, size: int, repeat: int, clock: str) -> dict:
