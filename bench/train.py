@@ -21,8 +21,9 @@ import torch
 
 from bench import machine, packing, start, train_step
 
-TRL = ["trl", "trl, checkpointing off", "trl, float32, checkpointing off"]
-SIDES = {"sft": ["fastpost", *TRL, "trl, padding-free, checkpointing off"], "dpo": ["fastpost", *TRL]}
+TRL = ["trl", "trl, checkpointing off", "trl, bf16 weights, checkpointing off"]
+PADDING_FREE = ["trl, padding-free, checkpointing off", "trl, padding-free, bf16 weights, checkpointing off"]
+SIDES = {"sft": ["fastpost", *TRL, *PADDING_FREE], "dpo": ["fastpost", *TRL]}
 TPS, PACKING, FIRST_STEP, HELP = 1.5, 1.5, 15.0, 0.4
 
 

@@ -22,14 +22,17 @@ from bench.timing import CLOCKS
 BETA, GAMMA_BETA_RATIO, LR, MAX_LENGTH = 2.0, 0.5, 1e-6, 512
 DPO_BETA = 0.1
 
-FLOAT32 = {"model_init_kwargs": {"dtype": "float32", "device_map": None}}
+FLOAT32, BF16 = ({"model_init_kwargs": {"dtype": name, "device_map": None}} for name in ("float32", "bfloat16"))
 OFF = {"gradient_checkpointing": False}
+PADDING_FREE = {"padding_free": True, "max_length": None}
 SIDES = {  # what is measured -> what it sets
     "trl": {},
     "trl, checkpointing off": OFF,
     "trl, float32": FLOAT32,
     "trl, float32, checkpointing off": FLOAT32 | OFF,
-    "trl, padding-free, checkpointing off": OFF | {"padding_free": True, "max_length": None},
+    "trl, bf16 weights, checkpointing off": BF16 | OFF,
+    "trl, padding-free, checkpointing off": PADDING_FREE | OFF,
+    "trl, padding-free, bf16 weights, checkpointing off": PADDING_FREE | BF16 | OFF,
     "trl, packing, checkpointing off": OFF | {"packing": True},
     "fastpost": {},
     "fastpost, checkpointing off": {"train": {"gradient_checkpointing": "none"}},
@@ -39,7 +42,7 @@ SIDES = {  # what is measured -> what it sets
         "optim": {"precision": "pure-bf16"},
     },
 }
-SFT_ALONE = ("trl, padding-free, checkpointing off", "trl, packing, checkpointing off")
+SFT_ALONE = [side for side in SIDES if "padding-free" in side or "packing" in side]
 """TRL has these for SFT and no other trainer (DPOTrainer takes padding_free and warns that it is switched off)."""
 
 
@@ -183,8 +186,9 @@ def trl_steps(args, folder: Path, settings: dict) -> dict:
     trainer = Trainer(args.model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()])
     assert config.bf16 and Config.gradient_checkpointing, "TRL's defaults, as bench.train_step says"
     seen = [sequence for row in trainer.train_dataset for sequence in trl_sequences(args.objective, row)]
+    weights = sorted({str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters()})
     trainer.train()
-    return steps.result(seen)
+    return steps.result(seen) | {"weights": weights}
 
 
 def trl_sequences(objective: str, row: dict) -> list[tuple[list[int], list[bool]]]:

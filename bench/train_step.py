@@ -10,9 +10,10 @@ are scored. Equal by construction: AdamW at a constant lr of 1e-6, the objective
 Tokens are those of prompts and replies, without padding; a prompt that a pair shares counts twice on both sides. The
 weights:
 
-    trl             as it comes: those of the files, which for SmolLM2 means bf16 weights and bf16 AdamW moments, whose
-                    updates mostly round away at this lr; bf16 autocast; right-padded batches; checkpointing ON
-    trl, float32    float32 weights and moments under bf16 autocast, what bf16=True meant before transformers 5
+    trl             as it comes: float32 weights and moments under bf16 autocast (SFTTrainer and DPOTrainer load them so
+                    whatever the files hold); right-padded batches; checkpointing ON. CPOTrainer keeps the dtype of the
+                    files, which for SmolLM2 means bf16 weights and moments, whose updates mostly round away at this lr
+    trl, float32    the first of these two, also for CPOTrainer; "trl, bf16 weights" is the second, also for the others
     fastpost        as it comes: float32 master weights and moments, bf16 compute; packed rows; selective recomputation
 
 and each with gradient checkpointing OFF, ours with it in full and in pure bf16 too. SFTTrainer also runs padding-free,

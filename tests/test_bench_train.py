@@ -190,5 +190,6 @@ def test_everything_runs_beside_trl(tmp_path, model, capsys):
     for part in made["steps"]:
         ours, trl = part["runs"]
         assert (ours["digest"], ours["step_tokens"]) == (trl["digest"], trl["step_tokens"])
+        assert trl["weights"] == ["float32"], "as bench.train_step says of SFTTrainer and DPOTrainer"
         assert ours["loss"][0] == pytest.approx(trl["loss"][0], rel=5e-3)
     assert len(train.goals(made)) == 7 and "fastpost --help" in capsys.readouterr().out
