@@ -8,7 +8,9 @@ from safetensors.torch import load_file
 import runs
 import tiny
 from fastpost.data.collate import Example, Sequence, collate
+from fastpost.hf import adapter
 from fastpost.objectives import SFT
+from fastpost.ops import _fused
 from fastpost.train import checkpoint, loop, metrics
 from fastpost.train.config import GroupConfig
 from fastpost.train.forward import forward, schedule
@@ -233,6 +235,20 @@ def test_a_frozen_head_costs_two_products_in_three():
     loss.backward()
     assert net.lm_head.weight.grad is None and net.model.layers[0].mlp.up_proj.weight.grad is None
     assert net.model.layers[1].mlp.up_proj.weight.grad.norm() > 0
+
+
+def test_the_schedule_of_a_lora_head_is_the_one_it_takes(monkeypatch):
+    """The core's own GEMM has no low_rank; asking draws no dropout, so a run goes on as if nobody had asked."""
+    monkeypatch.setattr(_fused, "FORCED", "fused")
+    row = Sequence(list(range(7, 40)), bytes(8) + bytes([1]) * 25)
+    batch = collate([Example(i, (row, row)) for i in range(4)])
+    assert schedule(model(2), batch, SFT()).gemm == "core"
+    net = adapter.fresh(model(2, tie=False), rank=4, alpha=8, dropout=0.5, targets=["lm_head"]).train()
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    assert schedule(net, batch, SFT()).gemm == "torch"
+    assert torch.equal(torch.rand(1), expected)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32", "pure-bf16"])

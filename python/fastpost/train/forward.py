@@ -81,7 +81,9 @@ def schedule(model: torch.nn.Module, batch: Batch, objective):
     """How the head of `forward` computes this batch: fastpost.ops.preference_loss's Schedule."""
     h = head(model)
     hidden = h.weight.new_empty(batch.tokens, h.weight.shape[1]).requires_grad_()
-    return schedule_of(hidden, h.weight, batch.target, batch.cu_scored, objective, softcap=h.softcap)
+    low_rank = h.low_rank(hidden[:0])  # no rows: only the rank counts, and dropout must draw nothing
+    options = {"bias": h.bias, "low_rank": low_rank, "softcap": h.softcap}
+    return schedule_of(hidden, h.weight, batch.target, batch.cu_scored, objective, **options)
 
 
 def lengths(batch: Batch) -> torch.Tensor:

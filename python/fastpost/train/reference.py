@@ -212,7 +212,7 @@ def _find_or_make(
     cfg: Config, column, source, data, parts, contents, start, say, ranks: Ranks
 ) -> dict[str, torch.Tensor]:
     """The values of one column for each dataset, from the cache or computed, with one printed line for each."""
-    store, device, dtype = cache.cache_folder(cfg.data.cache), pick_device(cfg.train.device), _dtype(cfg)
+    store, device, dtype = cache.cache_folder(cfg.data.cache), pick_device(cfg.train.device, ranks), _dtype(cfg)
     files, values = {}, {}
     for name, dataset in data.items():
         entry, what = _entry(column, name), f"{FIELDS[column]} = {source}: log-probs of {len(dataset)} {name} rows"
@@ -250,7 +250,7 @@ def _frozen(cfg: Config, source: str, start: Callable[[], torch.nn.Module], rank
         with adapter.off(start()) as model:
             yield model
     else:
-        model, device = adapter.load(source, _dtype(cfg), cfg.model.attention), pick_device(cfg.train.device)
+        model, device = adapter.load(source, _dtype(cfg), cfg.model.attention), pick_device(cfg.train.device, ranks)
         yield sharding.place(model, device, ranks.kind, ranks)
 
 
