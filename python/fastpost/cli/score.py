@@ -36,10 +36,11 @@ def main(argv: list[str]) -> int:
     if not isinstance(cfg.data.train, str):
         raise ValueError("data score: data.train is a list of sources. Score one file at a time: --data.train FILE.")
 
-    from fastpost.data.cache import file_hash, tokenizer_hash
+    from fastpost.data.cache import tokenizer_hash
     from fastpost.data.columns import read_rows
     from fastpost.data.score import NGramScorer, score
     from fastpost.hf.folder import load_tokenizer
+    from fastpost.user_cache import file_hash
 
     tokenizer = load_tokenizer(cfg.model.path)
     rows = read_rows(cfg.data.train, cfg.data.limit, cfg.data.columns)

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastpost.data.table import Table
 from fastpost.train.config import DataConfig
+from fastpost.user_cache import file_hash, location
 
 ELSEWHERE = (
     "eval", "eval_limit", "shuffle", "share_prompt", "epoch_tokens", "draw", "cache", "mismatched",
@@ -62,16 +63,6 @@ def load_or_make(
     return *found, f"cache  {key[:12]} hit ({path})"
 
 
-def location(setting: str | None) -> Path | None:
-    """The folder that data.cache means; None = no cache."""
-    if setting is None:
-        return None
-    if setting != "auto":
-        return Path(setting).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "fastpost"
-
-
 # ---- the key ---------------------------------------------------------------------------------------------------------
 
 
@@ -92,15 +83,6 @@ def key_of(cfg: DataConfig, tokens: str, tokenizer, objective, require: tuple[st
         "code": code_hash(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, about a second for each GB."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def tokenizer_hash(tokenizer) -> str | None:

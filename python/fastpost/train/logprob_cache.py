@@ -23,16 +23,15 @@ from safetensors.torch import save_file
 import fastpost
 from fastpost.data.loader import Dataset
 from fastpost.hf import adapter, folder
+from fastpost.user_cache import file_hash, location
 
 TENSOR = "logprob"
 
 
 def cache_folder(setting: str | None) -> Path | None:
     """The folder for log-probs in the one that data.cache means; None = none."""
-    if setting is None:
-        return None
-    own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastpost"
-    return (own if setting == "auto" else Path(setting)).expanduser() / "logprobs"
+    place = location(setting)
+    return place and place / "logprobs"
 
 
 def model_digest(base: Path, put_on: Path | None) -> str:
@@ -40,7 +39,7 @@ def model_digest(base: Path, put_on: Path | None) -> str:
     files = [base / "config.json", *folder.weight_files(base)]
     files += [put_on / adapter.CONFIG, put_on / adapter.WEIGHTS] if put_on else []
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
-        return _hash([f"{f.name} {digest}" for f, digest in zip(files, pool.map(_file_digest, files), strict=True)])
+        return _hash([f"{f.name} {digest}" for f, digest in zip(files, pool.map(file_hash, files), strict=True)])
 
 
 def rows_digest(dataset: Dataset) -> str:
@@ -98,14 +97,6 @@ def write(file: Path, values: torch.Tensor) -> bool:
         return True
     except (OSError, SafetensorError):
         return False
-
-
-def _file_digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _hash(parts: list) -> str:
