@@ -153,4 +153,29 @@ void policy_loss(Tensor logprob, Tensor target, Tensor cu_seqlens, int64_t ignor
 void policy_loss_backward(Tensor cu_seqlens, Tensor derivative, Tensor count, Tensor grad_loss, Tensor grad_losses,
                           Tensor grad_logprob);
 
+// ---- int4_gemm: a product with four-bit weights ------------------------------------------------------------------------
+// cpp/int4.h says how W [N, K] lies in codes [N, 64·⌈K/128⌉] uint8 and scales [N, ⌈K/group_size⌉] (any float dtype), with
+// zeros? (uint8, the shape of scales) or table? [16] float32. Rows of all of them are contiguous and may be apart, so that a
+// slice of rows, or of columns from a multiple of 128 and group_size on, is a view.
+
+// out [M, N] = x [M, K] · Wᵀ + bias? [N]: x, bias and out of one float dtype, sums in float32. Weights are rounded to that
+// dtype at most once. activation_bits: 0, or 8 on a CPU: rows of x become int8 with a scale for each 32 columns (W4A8).
+// Workspace: uint8, as many bytes as int4_gemm_bytes says.
+void int4_gemm(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor table, int64_t group_size, Tensor bias,
+               int64_t activation_bits, Tensor workspace, Tensor out);
+
+// grad_x [M, K] = grad [M, N] · W, from the same bytes.
+void int4_gemm_backward(Tensor grad, Tensor codes, Tensor scales, Tensor zeros, Tensor table, int64_t group_size,
+                        Tensor workspace, Tensor grad_x);
+
+// out [N, K] = W in a float dtype.
+void int4_gemm_dequantize(Tensor codes, Tensor scales, Tensor zeros, Tensor table, int64_t group_size, Tensor out);
+
+// Whether int4_gemm takes so many rows of x on their device: always on a CPU, few on a GPU.
+bool int4_gemm_fits(Tensor x, Tensor codes);
+
+// Workspace of int4_gemm for x [M, K], or of its backward for grad [M, N], on so many threads.
+int64_t int4_gemm_bytes(Tensor x, Tensor codes, int64_t columns, bool backward, int64_t activation_bits,
+                        int64_t threads);
+
 }  // namespace fastpost

@@ -51,4 +51,11 @@ void policy_loss(Tensor logprob, Tensor target, Tensor cu_seqlens, int64_t ignor
 void policy_loss_backward(Tensor cu_seqlens, Tensor derivative, Tensor count, Tensor grad_loss, Tensor grad_losses,
                           Tensor grad_logprob);
 
+// What int4_gemm_fits refuses goes through int4_gemm_dequantize and the framework's GEMM, slab by slab.
+bool int4_gemm_fits(Tensor x, Tensor codes);
+void int4_gemm(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor table, int64_t group_size, Tensor bias,
+               Tensor workspace, Tensor out);
+void int4_gemm_dequantize(Tensor codes, Tensor scales, Tensor zeros, Tensor table, int64_t group_size, Tensor out);
+int64_t int4_gemm_bytes(Tensor x, Tensor codes);
+
 }  // namespace fastpost::cuda

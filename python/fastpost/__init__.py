@@ -18,6 +18,9 @@ _HOME = {  # public name -> module that defines it
     "policy_loss": "fastpost.ops.policy_loss",
     "policy_loss_from_logprob": "fastpost.ops.policy_loss",
     "PolicyOutput": "fastpost.ops.policy_loss",
+    "int4_gemm": "fastpost.ops.int4_gemm",
+    "int4_quantize": "fastpost.int4",
+    "Int4Weight": "fastpost.int4",
 }
 _MODULES = ("objectives", "parallel", "reference")
 
