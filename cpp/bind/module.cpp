@@ -70,4 +70,9 @@ NB_MODULE(_core, m) {
   def_op(m, "preference_loss_backward", &fastpost::preference_loss_backward);
   def_op(m, "policy_loss", &fastpost::policy_loss);
   def_op(m, "policy_loss_backward", &fastpost::policy_loss_backward);
+  def_op(m, "int4_gemm", &fastpost::int4_gemm);
+  def_op(m, "int4_gemm_backward", &fastpost::int4_gemm_backward);
+  def_op(m, "int4_gemm_dequantize", &fastpost::int4_gemm_dequantize);
+  m.def("int4_gemm_fits", &fastpost::int4_gemm_fits);
+  m.def("int4_gemm_bytes", &fastpost::int4_gemm_bytes);
 }
