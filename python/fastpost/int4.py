@@ -11,9 +11,10 @@ SCHEMES = ("symmetric", "asymmetric", "nf4")
 GROUP_SIZES = (32, 64, 128)
 BLOCK = 128  # columns of a block of codes
 SYMMETRIC_ZERO = 8
+NESTED_BLOCK = 256  # scales that share an outer scale
 
-# The 16 values of NF4: quantiles of a normal distribution, scaled to [-1, 1], with an exact zero. QLoRA (Dettmers et al.
-# 2023), appendix E; the digits are those of its published code, so that codes agree to the last bit.
+# The 16 values of NF4: quantiles of a normal distribution, scaled to [-1, 1], with an exact zero. QLoRA (Dettmers et
+# al. 2023), appendix E; the digits are those of its published code, so that codes agree to the last bit.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -59,6 +60,17 @@ class Int4Weight:
         """The scales as kernels take them: themselves, or float32 made from nested ones."""
         return self.scales if self.nested is None else self.nested.expand(self.scales)
 
+    def check(self, where: str = "Int4Weight") -> Int4Weight:
+        """Itself, after a look at every field; `where` begins the message. Kernels do not look at contents, so whoever
+        makes one from a file or by hand calls this once.
+
+        Raises:
+            ValueError: a dtype, shape, group size or scheme that does not fit, scales with NaN or infinity, a scale of
+                0 under codes that mean something, zeros above 15, an order that is no permutation.
+        """
+        _check(self, where)
+        return self
+
     def nbytes(self) -> int:
         tensors = [getattr(self, f.name) for f in fields(self)]
         tensors += [getattr(self.nested, f.name) for f in fields(self.nested)] if self.nested else []
@@ -93,11 +105,80 @@ class NestedScales:
     offset: torch.Tensor
 
     def expand(self, codes: torch.Tensor) -> torch.Tensor:
-        outer = self.outer.repeat_interleave(256)[: codes.numel()].view(codes.shape)
+        outer = self.outer.repeat_interleave(NESTED_BLOCK)[: codes.numel()].view(codes.shape)
         return self.table[codes.long()] * outer + self.offset
 
     def to(self, device) -> NestedScales:
         return NestedScales(self.table.to(device), self.outer.to(device), self.offset.to(device))
+
+
+# ---- what a good one looks like --------------------------------------------------------------------------------------
+
+
+def _check(w: Int4Weight, where: str) -> None:
+    def expect(good: bool, field: str, expected: str, got) -> None:
+        if not good:
+            if isinstance(got, torch.Tensor):
+                got = f"{str(got.dtype).removeprefix('torch.')} {list(got.shape)}"
+            raise ValueError(f"[{where}] {field}: expected {expected}, got {got}.")
+
+    def is_like(tensor, dtypes, shape) -> bool:
+        return isinstance(tensor, torch.Tensor) and tensor.dtype in dtypes and tuple(tensor.shape) == tuple(shape)
+
+    expect(w.scheme in SCHEMES, "scheme", f"one of {', '.join(SCHEMES)}", repr(w.scheme))
+    expect(type(w.columns) is int and w.columns > 0, "columns", "a number of columns", repr(w.columns))
+    whole = type(w.group_size) is int and w.group_size > 0 and w.group_size % 32 == 0
+    expect(whole, "group_size", "a multiple of 32", repr(w.group_size))
+    row_bytes = -(-w.columns // BLOCK) * BLOCK // 2
+    rows = w.codes.shape[0] if isinstance(w.codes, torch.Tensor) and w.codes.ndim else 0
+    expect(is_like(w.codes, [torch.uint8], (rows, row_bytes)), "codes", f"uint8 [N, {row_bytes}]", w.codes)
+    shape = (rows, -(-w.columns // w.group_size))
+    floats = [torch.float32, torch.bfloat16, torch.float16]
+    if w.nested is None:
+        kind = f"float32, bfloat16 or float16 {list(shape)}"
+        expect(is_like(w.scales, floats, shape), "scales", kind, w.scales)
+    else:
+        expect(is_like(w.scales, [torch.uint8], shape), "scales", f"uint8 {list(shape)} (nested)", w.scales)
+        n = w.nested
+        for name, tensor, size in (("table", n.table, (256,)), ("offset", n.offset, ()),
+                                   ("outer", n.outer, (-(-w.scales.numel() // NESTED_BLOCK),))):  # fmt: skip
+            expect(is_like(tensor, floats[:1], size), f"nested.{name}", f"float32 {list(size)}", tensor)
+    if w.scheme == "asymmetric":
+        expect(is_like(w.zeros, [torch.uint8], shape), "zeros", f"uint8 {list(shape)}", w.zeros)
+    else:
+        expect(w.zeros is None, "zeros", f"None for {w.scheme}", w.zeros)
+    if w.order is not None:
+        expect(is_like(w.order, [torch.int64], (w.columns,)), "order", f"int64 [{w.columns}]", w.order)
+    if w.codes.is_meta:
+        return
+    scales = w.float_scales().float()
+    bad = ~torch.isfinite(scales)
+    expect(not bad.any(), "scales", "finite numbers", f"NaN or infinity in row {_first_row(bad)}")
+    if w.zeros is not None:
+        high = w.zeros > 15
+        expect(not high.any(), "zeros", "0 to 15", f"more in row {_first_row(high)}")
+    if w.order is not None:
+        expect(torch.equal(w.order.sort()[0], torch.arange(w.columns, device=w.order.device)), "order",
+               "each column once", "a column that is missing or out of range")  # fmt: skip
+    lost = _lost(w, scales == 0)
+    expect(lost is None, "scales", "no 0 where codes differ from the zero point",
+           f"0 in row {lost} (a scale too small for its dtype?)")  # fmt: skip
+
+
+def _first_row(bad: torch.Tensor) -> int:
+    return int(bad.any(1).nonzero().min()) if bad.any() else -1
+
+
+def _lost(w: Int4Weight, none: torch.Tensor) -> int | None:
+    """The first row with a group whose scale is 0 while its codes are not those of 0 (a group of zeros may have it)."""
+    for row in none.any(1).nonzero().flatten().tolist():
+        means_zero = NF4.index(0.0) if w.scheme == "nf4" else SYMMETRIC_ZERO
+        codes = unpack(w.codes[row : row + 1], w.columns)[0]
+        group = torch.arange(w.columns, device=codes.device) // w.group_size
+        zeros = means_zero if w.zeros is None else w.zeros[row][group]
+        if ((codes != zeros) & none[row][group]).any():
+            return row
+    return None
 
 
 # ---- the layout ------------------------------------------------------------------------------------------------------
@@ -115,15 +196,17 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     n, k = codes.shape
     padded = torch.nn.functional.pad(codes, (0, -k % BLOCK), value=SYMMETRIC_ZERO)
     # [block, i, j, t, h] -> [block, t, i, h, j]: 32-bit words, then nibbles; two nibbles of a byte are neighbours in j.
-    nibbles = padded.view(n, -1, 4, 4, 4, 2).permute(0, 1, 4, 2, 5, 3).reshape(n, -1, 2)
+    blocks = padded.shape[1] // BLOCK  # spelt out, so that no rows are fine, too
+    nibbles = padded.view(n, blocks, 4, 4, 4, 2).permute(0, 1, 4, 2, 5, 3).reshape(n, blocks * BLOCK // 2, 2)
     return nibbles[..., 0] | nibbles[..., 1] << 4
 
 
 def unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
     """The inverse of :func:`pack`: [N, columns] uint8."""
     n = packed.shape[0]
-    nibbles = torch.stack([packed & 15, packed >> 4], -1).view(n, -1, 4, 4, 2, 4)  # [block, t, i, h, j]
-    return nibbles.permute(0, 1, 3, 5, 2, 4).reshape(n, -1)[:, :columns].contiguous()
+    blocks = packed.shape[1] * 2 // BLOCK
+    nibbles = torch.stack([packed & 15, packed >> 4], -1).view(n, blocks, 4, 4, 2, 4)  # [block, t, i, h, j]
+    return nibbles.permute(0, 1, 3, 5, 2, 4).reshape(n, blocks * BLOCK)[:, :columns].contiguous()
 
 
 def _nf4(device: torch.device) -> torch.Tensor:
@@ -148,20 +231,20 @@ def int4_quantize(
 ) -> Int4Weight:
     """Each group of `group_size` columns of a row to its nearest four-bit values.
 
-    symmetric: ``scale = 2 max|w| / 15``, code = round(w / scale) + 8. asymmetric: ``scale = (max - min) / 15`` over a range
-    that holds 0, ``zero = round(-min / scale)`` (round half to even). nf4: ``scale = max|w|``, the nearest of 16 quantiles.
-    What is rounded is w divided by the scale that is stored.
+    symmetric: ``scale = 2 max|w| / 15``, code = round(w / scale) + 8. asymmetric: ``scale = (max - min) / 15`` over a
+    range that holds 0, ``zero = round(-min / scale)`` (round half to even). nf4: ``scale = max|w|``, the nearest of 16
+    quantiles. What is rounded is w divided by the scale that is stored.
 
     Args:
         weight: [N, K] float32, bfloat16, float16 or float64, on any device.
         group_size: 32, 64 or 128 (any multiple of 32 works); -1 for one scale a row.
         scheme: "symmetric", "asymmetric" or "nf4".
-        scales_dtype: float32, bfloat16 or float16; the default is bfloat16, and float32 for nf4, as bitsandbytes has it.
+        scales_dtype: float32, bfloat16 or float16; the default is bfloat16, and float32 for nf4 as in bitsandbytes.
         double_quant: for nf4, scales in eight bits (QLoRA): 4.127 bits a weight in groups of 64 instead of 4.5.
 
     Raises:
-        ValueError: not a matrix of floats, NaN or infinity in it, a group size that is no multiple of 32 or -1, a scheme
-            that does not exist, double_quant with another scheme than nf4.
+        ValueError: not a matrix of floats, NaN or infinity in it, a group size that is no multiple of 32 or -1, a
+            scheme that does not exist, double_quant with another scheme than nf4.
     """
     if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         got = f"{weight.dtype} {list(weight.shape)}" if isinstance(weight, torch.Tensor) else type(weight).__name__
@@ -224,13 +307,51 @@ def group_scales(groups: torch.Tensor, scheme: str, dtype: torch.dtype) -> tuple
     return scales, zeros
 
 
-def group_codes(
-    groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, scheme: str
-) -> torch.Tensor:
+def group_codes(groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, scheme: str) -> torch.Tensor:
     """The nearest codes, uint8 in the shape of float32 groups [N, G, g]."""
-    units = groups / scales.float()[..., None]
     if scheme == "nf4":
-        table = _nf4(groups.device)
+        # Times the reciprocal, as bitsandbytes has it: at a midpoint the last bit decides, and its codes are ours.
+        table, units = _nf4(groups.device), groups * (1 / scales.float())[..., None]
         return torch.bucketize(units, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    units = groups / scales.float()[..., None]
     zeros = SYMMETRIC_ZERO if zeros is None else zeros[..., None].float()
     return (units.round() + zeros).clamp(0, 15).to(torch.uint8)
+
+
+# ---- double quantisation ---------------------------------------------------------------------------------------------
+
+
+def nest_scales(scales: torch.Tensor) -> tuple[torch.Tensor, NestedScales]:
+    """Scales [N, G] float32 -> codes [N, G] uint8 and what makes float32 of them again: QLoRA's double quantisation.
+
+    offset = mean(scales); in blocks of 256 (row-major) scales - offset are divided by the block's largest magnitude and
+    become the nearest of 256 values (:func:`dynamic_map`; half-way down). The same bits as bitsandbytes' own kernel for
+    GPUs; its CPU kernel looks codes up on a grid and is off by one in about 0.2 % of them.
+
+    Raises:
+        ValueError: not a float32 matrix.
+    """
+    if scales.dtype != torch.float32 or scales.ndim != 2:
+        raise ValueError(f"[nest_scales] scales: expected float32 [N, G], got {scales.dtype} {list(scales.shape)}.")
+    table, flat = dynamic_map().to(scales.device), scales.flatten()
+    offset = flat.mean() if len(flat) else flat.new_zeros(())
+    blocks = torch.nn.functional.pad(flat - offset, (0, -len(flat) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    outer = blocks.abs().amax(1)
+    # Scales that are all alike give 0 / 0; any code times 0 is the offset, then.
+    units = blocks * (1 / outer.clamp(min=1e-38))[:, None]
+    codes = torch.bucketize(units, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    return codes.view(-1)[: len(flat)].view(scales.shape), NestedScales(table, outer, offset)
+
+
+def dynamic_map() -> torch.Tensor:
+    """[256] float32, sorted: the 8-bit "dynamic" data type (Dettmers, arXiv:1511.04561; QLoRA's scales).
+
+    A decade 10^e, e = -6 .. 0, holds 2^(e + 6) values of each sign, in the middles of equal parts of 0.1 to 1 times it;
+    0 and 1 come on top.
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1)
+        middles = (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+        values += middles + [-m for m in middles]
+    return torch.tensor(sorted(values))
