@@ -77,6 +77,8 @@ const Export exports[] = {
     {"block_sum", address<block_sum>},
     {"policy_loss", address<cuda::policy_loss>},
     {"policy_loss_backward", address<cuda::policy_loss_backward>},
+    {"int4_gemm", address<cuda::int4_gemm>},
+    {"int4_gemm_dequantize", address<cuda::int4_gemm_dequantize>},
 };
 
 }  // namespace

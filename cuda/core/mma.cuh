@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+// Matrix instructions of compute capability 8.0 and what feeds them: asynchronous copies to shared memory and ldmatrix.
+// Where this is compiled as plain C++ (tests/cuda_on_host), each does the same by shuffles and copies.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cuda/core/vec.cuh"
+
+namespace fastpost::cuda {
+
+// d += a · b with a [16, 16], b [16, 8], d [16, 8] over a warp. Lane 4g + t holds (PTX ISA, mma.m16n8k16)
+//   a: rows g, g + 8, g, g + 8, columns 2t and 2t + 1, the last two registers 8 columns on;
+//   b: rows 2t and 2t + 1, then 8 rows on, of column g;    d: rows g, g, g + 8, g + 8, columns 2t, 2t + 1, 2t, 2t + 1.
+template <class T>
+__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#ifdef __CUDACC__
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+#else
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  uint32_t all[32][6];
+  for (int other = 0; other < 32; ++other) {
+    for (int r = 0; r < 6; ++r) all[lane ^ other][r] = other ? __shfl_xor_sync(0xffffffffu, mine[r], other) : mine[r];
+  }
+  const auto half = [](uint32_t pair, int h) { return to_float(T{static_cast<uint16_t>(pair >> 16 * h)}); };
+  for (int r = 0; r < 4; ++r) {
+    const int row = lane / 4 + 8 * (r / 2), column = lane % 4 * 2 + r % 2;
+    for (int k = 0; k < 16; ++k) {
+      const int t = k % 8 / 2, h = k % 2;
+      d[r] += half(all[row % 8 * 4 + t][row / 8 + k / 8 * 2], h) * half(all[column * 4 + t][4 + k / 8], h);
+    }
+  }
+#endif
+}
+
+// Four matrices of 8 rows and 16 bytes from shared memory: lane l passes the address of row l % 8 of matrix l / 8, and gets
+// 4 bytes at 4·(l % 4) of row l / 4 of each.
+__device__ inline void load_matrices(const void* row, uint32_t (&out)[4]) {
+#ifdef __CUDACC__
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(address)
+               : "memory");
+#else
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  uint32_t address[2];
+  memcpy(address, &row, sizeof row);
+  const char* rows[32];
+  for (int other = 0; other < 32; ++other) {
+    uint32_t words[2];
+    for (int w = 0; w < 2; ++w) words[w] = other ? __shfl_xor_sync(0xffffffffu, address[w], other) : address[w];
+    memcpy(&rows[lane ^ other], words, sizeof row);
+  }
+  for (int m = 0; m < 4; ++m) memcpy(&out[m], rows[8 * m + lane / 4] + 4 * (lane % 4), 4);
+#endif
+}
+
+// 16 bytes from global to shared memory, zeros if !exists; complete after copies_wait() and a barrier.
+__device__ inline void copy_async(void* shared, const void* global, bool exists) {
+#ifdef __CUDACC__
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(global), "r"(exists ? 16 : 0)
+      : "memory");
+#else
+  if (exists) {
+    memcpy(shared, global, 16);
+  } else {
+    memset(shared, 0, 16);
+  }
+#endif
+}
+__device__ inline void copies_wait() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// Two 16-bit floats in a register.
+template <class T>
+__device__ inline uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+#ifdef __CUDACC__
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  } else {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  }
+#else
+  const auto half = [&](int h) {
+    const auto value = [h](uint32_t pair) { return to_float(T{static_cast<uint16_t>(pair >> 16 * h)}); };
+    return uint32_t{from_float<T>(value(a) * value(b) + value(c)).bits} << 16 * h;
+  };
+  d = half(0) | half(1);
+#endif
+  return d;
+}
+
+// Byte i of the result is byte (selector's nibble i) of the eight bytes of low and high.
+__device__ inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+#ifdef __CUDACC__
+  return __byte_perm(low, high, selector);
+#else
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) out |= static_cast<uint32_t>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return out;
+#endif
+}
+
+}  // namespace fastpost::cuda
