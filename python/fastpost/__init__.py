@@ -22,7 +22,7 @@ _HOME = {  # public name -> module that defines it
     "int4_quantize": "fastpost.int4",
     "Int4Weight": "fastpost.int4",
 }
-_MODULES = ("objectives", "parallel", "reference")
+_MODULES = ("nn", "objectives", "parallel", "reference")
 
 __all__ = [*_HOME, *_MODULES]
 

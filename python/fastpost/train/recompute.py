@@ -28,7 +28,7 @@ def recompute(model: torch.nn.Module, how: str, device: torch.device) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
-_KEPT = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_grouped_mm")
+_KEPT = ("int4_gemm", "mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_grouped_mm")
 
 
 def _policy(context, op, *args, **kwargs) -> CheckpointPolicy:
