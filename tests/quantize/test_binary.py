@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Binarisation, PB-LLM and BiLLM."""
 
+from itertools import pairwise
+
 import pytest
 import torch
-
 from drawn_matrices import draw
+
 from fastpost.quantize.billm import billm, round_with, salient_columns
 from fastpost.quantize.binary import binarize, binarize_twice
 from fastpost.quantize.compensation import by_block, by_column, inverse_factor
@@ -66,7 +68,7 @@ def test_pb_llm_shares():
     losses = [
         proxy_loss(pb_llm(weight, hessian, binary_share=s).weight - weight, hessian) for s in (0.0, 0.5, 0.8, 0.95, 1.0)
     ]
-    assert all(a < b for a, b in zip(losses, losses[1:]))
+    assert all(a < b for a, b in pairwise(losses))
     # Binarised entries of a row take two values in each block of 128 columns.
     only = pb_llm(weight, hessian, binary_share=1.0).weight
     assert all(len(row.unique()) == 2 for row in only[:, :128])

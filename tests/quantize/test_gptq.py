@@ -3,8 +3,8 @@
 
 import pytest
 import torch
-
 from drawn_matrices import draw, moments
+
 from fastpost.quantize.compensation import inverse_factor
 from fastpost.quantize.gptq import gptq
 from fastpost.quantize.grid import Grid

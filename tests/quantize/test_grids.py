@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grids, RTN, NF4, IR-QLoRA's shifts and DB-LLM's planes: what needs the weight alone."""
 
+from itertools import pairwise
+
 import pytest
 import torch
-
 from drawn_matrices import draw
+
 from fastpost.int4 import int4_quantize
 from fastpost.quantize.db_llm import db_llm, two_planes
 from fastpost.quantize.grid import Grid
@@ -49,7 +51,7 @@ def test_what_it_stands_for_is_what_is_stored(symmetric):
 def test_error_falls_with_bits(symmetric):
     weight, _ = draw(64, 256)
     errors = [(rtn(weight, Grid(b, symmetric), 64).weight - weight).square().mean() for b in range(1, 9)]
-    assert all(a > b for a, b in zip(errors, errors[1:]))
+    assert all(a > b for a, b in pairwise(errors))
 
 
 def test_zero_is_exact_and_rows_of_zeros_stay():
@@ -146,7 +148,7 @@ def test_planes_never_get_worse_and_beat_the_grid():
     groups = draw(16, 256)[0].reshape(-1, 64)
     step = groups.abs().amax(1) / 2
     errors = [(two_planes(groups, step, rounds) - groups).square().sum(1) for rounds in (0, 1, 2, 5, 20)]
-    assert all((a >= b - 1e-4).all() for a, b in zip(errors, errors[1:]))
+    assert all((a >= b - 1e-4).all() for a, b in pairwise(errors))
     found = (db_llm(groups, -1).weight - groups).square().sum(1)
     assert (found <= errors[-1] + 1e-4).all()
     assert found.sum() < (rtn(groups, Grid(2), -1).weight - groups).square().sum()

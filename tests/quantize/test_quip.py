@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """QuIP: rotations, LDLQ and greedy passes."""
 
+from itertools import pairwise
+
 import pytest
 import torch
-
 from drawn_matrices import draw
+
 from fastpost.quantize.compensation import by_column, inverse_factor
 from fastpost.quantize.grid import Grid
 from fastpost.quantize.moments import proxy_loss
@@ -44,7 +46,7 @@ def test_greedy_passes_never_add_loss():
     for _ in range(4):
         losses.append(proxy_loss(rounded - weight, hessian))
         rounded = greedy(rounded, weight, hessian, grid)
-    assert losses[1] < losses[0] and all(b <= a * (1 + 1e-12) for a, b in zip(losses, losses[1:]))
+    assert losses[1] < losses[0] and all(b <= a * (1 + 1e-12) for a, b in pairwise(losses))
     assert torch.equal(rounded, grid(rounded))
 
 

@@ -18,10 +18,11 @@ SPLITS = tuple(0.1 + 0.05 * i for i in range(17))
 def billm(weight: torch.Tensor, hessian: torch.Tensor, *, damping: float = 0.01) -> Quantized:
     """BiLLM (Huang et al. 2024).
 
-    In each block of 128 columns: the columns with the largest ``Σ w² / U_jj²`` are binarised twice, the second time what
-    the first leaves; how many, at most 50, is searched. The other weights are split by size, at the one of 17 places with
-    the smallest error, and both parts are binarised. Then the columns after the block make up for its error: the
-    authors divide each column's error by U_jj alone, here it is the whole least squares answer (compensation.by_block).
+    In each block of 128 columns: the columns with the largest ``Σ w² / U_jj²`` are binarised twice, the second time
+    what the first leaves; how many, at most 50, is searched. The other weights are split by size, at the one of 17
+    places with the smallest error, and both parts are binarised. Then the columns after the block make up for its
+    error: the authors divide each column's error by U_jj alone, here it is the whole least squares answer
+    (compensation.by_block).
 
     Args:
         weight: [N, K].
@@ -53,8 +54,8 @@ def billm(weight: torch.Tensor, hessian: torch.Tensor, *, damping: float = 0.01)
 
 
 def salient_columns(block: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
-    """Numbers of the salient columns of block [N, b]: of the first 1 to 50 by salience, the set that leaves the smallest
-    squared error when it is binarised twice and the rest once."""
+    """Numbers of the salient columns of block [N, b]: of the first 1 to 50 by salience, the set that leaves the
+    smallest squared error when it is binarised twice and the rest once."""
     ranked = torch.argsort((block / diagonal).square().sum(0), descending=True, stable=True)
     best, found = None, ranked[:0]
     for count in range(1, min(MOST_SALIENT, block.shape[1]) + 1):

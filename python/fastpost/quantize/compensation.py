@@ -53,7 +53,8 @@ def upper_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
         if not failed:
             return lower.flip(0, 1).to(hessian.dtype)
     raise ValueError(
-        f"[quantize] hessian: not positive definite with damping {damping:g}. Give more calibration rows, or more damping."
+        f"[quantize] hessian: not positive definite with damping {damping:g}. Give more calibration rows, or "
+        "more damping."
     )
 
 

@@ -31,9 +31,9 @@ class Quantized:
 class Grid:
     """How groups of weights become codes.
 
-    symmetric: ``scale = 2 max|w| / (2^b - 1)``, zero 2^(b-1). Else ``scale = (max - min) / (2^b - 1)`` over a range that
-    holds 0, ``zero = round(-min / scale)``. Rounding is half to even. What is rounded is w divided by the scale as it is
-    stored, so a narrow scale costs range, not accuracy. With 4 bits it is int4_quantize to the bit.
+    symmetric: ``scale = 2 max|w| / (2^b - 1)``, zero 2^(b-1). Else ``scale = (max - min) / (2^b - 1)`` over a range
+    that holds 0, ``zero = round(-min / scale)``. Rounding is half to even. What is rounded is w divided by the scale as
+    it is stored, so a narrow scale costs range, not accuracy. With 4 bits it is int4_quantize to the bit.
     """
 
     bits: int
@@ -96,7 +96,7 @@ class Grid:
             int4 = Int4Weight(
                 pack(codes.to(torch.uint8)), scales.to(self.scales_dtype).contiguous(),
                 None if self.symmetric else zeros.to(torch.uint8).contiguous(), k,
-                whole_row if group_size >= k else group_size, "symmetric" if self.symmetric else "asymmetric", order=order,
+                whole_row if group_size >= k else group_size, "symmetric" if self.symmetric else "asymmetric", order,
             )  # fmt: skip
         return Quantized(weight, self.group_bits(group_size) + (0 if order is None else 32 / n), self.bits, int4)
 

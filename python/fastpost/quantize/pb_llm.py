@@ -18,8 +18,8 @@ def pb_llm(
     """PB-LLM after training (Shang et al. 2023).
 
     In each block of 128 columns the weights with the smallest ``w² / U_jj²`` (U as in compensation.py: the loss that
-    dropping the weight would cost) are binarised, with a mean and a scale for each row of the block; the others go to an
-    eight-bit grid of their row. Every column's error is compensated as in GPTQ.
+    dropping the weight would cost) are binarised, with a mean and a scale for each row of the block; the others go to
+    an eight-bit grid of their row. Every column's error is compensated as in GPTQ.
 
     Args:
         weight: [N, K].
@@ -34,7 +34,7 @@ def pb_llm(
     check_hessian("pb_llm", weight, hessian)
     if not 0 <= binary_share <= 1:
         raise ValueError(f"[pb_llm] binary_share: expected a share between 0 and 1, got {binary_share!r}.")
-    n, k = weight.shape
+    k = weight.shape[1]
     weight, hessian = settle_dead(weight, hessian)
     factor = inverse_factor(hessian, damping)
     high = Grid(HIGH_BITS)

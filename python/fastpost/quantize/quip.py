@@ -53,9 +53,9 @@ def quip(
 ) -> Quantized:  # fmt: skip
     """QuIP (Chee et al. 2023).
 
-    ``W' = U W D Vᵀ``, ``H' = V D⁻¹ H D⁻¹ Vᵀ`` with ``D_i = (H_ii / ‖W_:i‖²)^(1/4)`` and random rotations U, V; H' is brought
-    to mean diagonal 1 and gets 0.01 on its diagonal; LDLQ with greedy passes rounds W' to a grid of 2^bits points over
-    ±2.4 root mean squares; then everything is undone. tr(Δ H Δᵀ) is the same before and after turning.
+    ``W' = U W D Vᵀ``, ``H' = V D⁻¹ H D⁻¹ Vᵀ`` with ``D_i = (H_ii / ‖W_:i‖²)^(1/4)`` and random rotations U, V; H' is
+    brought to mean diagonal 1 and gets 0.01 on its diagonal; LDLQ with greedy passes rounds W' to a grid of 2^bits
+    points over ±2.4 root mean squares; then everything is undone. tr(Δ H Δᵀ) is the same before and after turning.
 
     Args:
         weight: [N, K].
@@ -103,9 +103,9 @@ def even_grid(bits: int, reach: float) -> Callable[[torch.Tensor], torch.Tensor]
 
 
 def ldlq(weight: torch.Tensor, hessian: torch.Tensor, round_values, *, damping: float = 0.0) -> torch.Tensor:
-    """Column k is rounded after the error of the columns before it has been fed back: ``Ŵ_k = Q(W_k + (W - Ŵ)_<k L_<k,k)``
-    with H = (L + I) D (L + I)ᵀ, L strictly upper (QuIP, eq. 3). Without a bounded range it is GPTQ, written the other way
-    round (theorem 6 there)."""
+    """Column k is rounded after the error of the columns before it has been fed back,
+    ``Ŵ_k = Q(W_k + (W - Ŵ)_<k L_<k,k)`` with H = (L + I) D (L + I)ᵀ, L strictly upper (QuIP, eq. 3). Without a bounded
+    range it is GPTQ, written the other way round (theorem 6 there)."""
     factor = upper_factor(hessian, damping)
     feedback = factor / factor.diagonal()
     source, out = weight.t().contiguous(), torch.empty_like(weight.t(), memory_format=torch.contiguous_format)
@@ -120,7 +120,8 @@ def ldlq(weight: torch.Tensor, hessian: torch.Tensor, round_values, *, damping: 
 
 
 def greedy(rounded: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor, round_values) -> torch.Tensor:
-    """One pass of coordinate descent on tr(Δ H Δᵀ): each column to the grid point that is best while the others stay."""
+    """One pass of coordinate descent on tr(Δ H Δᵀ): each column to the grid points that are best while the others
+    stay."""
     out, source = rounded.t().contiguous(), weight.t()
     errors = out - source
     slope = hessian @ errors  # of the loss, up to a factor; kept up to date within a block of columns
