@@ -1,9 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
+// On a CPU, W is decoded piece by piece into caches, in one of two ways. Few rows of x: four rows of W at a time, sums of
+// neighbouring columns in the lanes of a register. More rows: as many rows of W as fit the second-level cache, times
+// panels whose lanes are rows of x. The backward decodes 128 columns of W at a time, with columns in the lanes.
+// Every sum runs in an order that depends on the shape of W and the way alone, so a row of x has the same bits whatever
+// other rows there are (up to kFewRows, or more) and however many threads work.
+#include <algorithm>
+
+#include "core/arena.h"
 #include "core/check.h"
 #include "core/parallel.h"
 #include "cuda/ops.h"
 #include "ops.h"
 #include "ops/int4_gemm_simd.h"
+#include "ops/linear_logprob_fused_simd.h"
 
 namespace fastpost {
 namespace {
@@ -39,20 +48,179 @@ Int4Rows rows_of(const Tensor& codes, const Tensor& scales, const Tensor& zeros,
           group_size};
 }
 
-void expect_workspace(const Tensor& workspace, int64_t bytes, const Tensor& like) {
-  expect(kOp, "workspace", workspace, {DType::UInt8}, {kAny}, Layout::Contiguous, &like);
-  if (workspace.size(0) < bytes) {
-    fail(kOp, "workspace", "at least " + std::to_string(bytes) + " bytes", std::to_string(workspace.size(0)));
+// ---- how the work is cut ----------------------------------------------------------------------------------------------
+
+constexpr int64_t kDecodedBytes = 384 << 10;  // of W at a time, of the second-level cache
+constexpr int64_t kBackwardRows = 1024;       // of W at a time, one block of columns wide
+constexpr int64_t kBackwardSums = 512;        // rows of grad, whose sums take as much again
+
+struct Shape {
+  int64_t m, n, k, blocks, steps;  // blocks of columns; steps: words of a row of W
+  bool pairs;
+  int64_t lanes, panels, row_words, block_rows;  // panels of rows of x; rows of W that are decoded at a time
+
+  Shape(int64_t rows, int64_t outputs, int64_t columns, DType dtype)
+      : m(rows), n(outputs), k(columns), blocks((k + int4::kBlock - 1) / int4::kBlock) {
+    pairs = fused_kernels().pairs && dtype == DType::BFloat16;
+    steps = blocks * (pairs ? int4::kBlock / 2 : int4::kBlock);
+    lanes = fused_kernels().lanes;
+    panels = (m + lanes - 1) / lanes;
+    row_words = steps + 16;  // a cache line more, so that rows do not fight for the same places
+    block_rows = std::clamp<int64_t>(kDecodedBytes / (4 * row_words + 1) / 48 * 48, 12, kMaxBlock);
   }
+  bool few() const { return m <= kFewRows; }
+  int64_t row_blocks() const { return (n + block_rows - 1) / block_rows; }
+  int64_t tiles() const { return (m + kBackwardSums - 1) / kBackwardSums * blocks; }
+};
+
+struct ForwardSpace {
+  uint32_t* x;  // rows, or panels
+  uint32_t* w;  // [slots][block_rows][row_words]
+  ForwardSpace(Arena& a, const Shape& s, int64_t slots)
+      : x(a.take<uint32_t>(s.steps * (s.few() ? s.m : s.panels * s.lanes))),
+        w(a.take<uint32_t>(s.few() ? 0 : slots * s.block_rows * s.row_words)) {}
+};
+
+struct BackwardSpace {
+  uint32_t* grad;  // [m][grad_words], unless its rows are words as they are
+  uint32_t* w;     // [slots][kBackwardRows][128]
+  float* sums;     // [slots][kBackwardSums][128]
+  BackwardSpace(Arena& a, const Shape& s, int64_t slots, bool direct)
+      : grad(a.take<uint32_t>(direct ? 0 : s.m * grad_words(s))),
+        w(a.take<uint32_t>(slots * kBackwardRows * int4::kBlock)),
+        sums(a.take<float>(slots * std::min(s.m, kBackwardSums) * int4::kBlock)) {}
+  static int64_t grad_words(const Shape& s) { return s.pairs ? (s.n + 1) / 2 : s.n; }
+};
+
+bool rows_are_words(const Tensor& grad, const Shape& s) {
+  return s.pairs ? s.n % 2 == 0 && grad.stride(0) % 2 == 0 : grad.dtype == DType::Float32;
+}
+
+// The space for as many slots as there are threads and pieces of work, or as many as the workspace has room for.
+template <class Space, class... Options>
+std::pair<Space, int64_t> take_space(const Tensor& workspace, const Tensor& like, const Shape& s, int64_t pieces,
+                                     Options... options) {
+  expect(kOp, "workspace", workspace, {DType::UInt8}, {kAny}, Layout::Contiguous, &like);
+  for (int64_t slots = std::max<int64_t>(1, std::min<int64_t>(num_threads(), pieces));; --slots) {
+    Arena arena{workspace.ptr<char>()};
+    const Space space(arena, s, slots, options...);
+    if (arena.used <= workspace.size(0)) return {space, slots};
+    if (slots == 1) {
+      fail(kOp, "workspace", "at least " + std::to_string(arena.used) + " bytes", std::to_string(workspace.size(0)));
+    }
+  }
+}
+
+// f(slot, begin, end): pieces [begin, end) for each slot.
+template <class F>
+void for_slots(int64_t slots, int64_t pieces, F&& f) {
+  parallel_for(slots, 1, [&](int64_t first, int64_t last) {
+    for (int64_t slot = first; slot < last; ++slot) f(slot, slot * pieces / slots, (slot + 1) * pieces / slots);
+  });
+}
+
+const char* bias_at(const Tensor& bias, int64_t i) {
+  return bias.defined() ? bias.ptr<char>() + i * itemsize(bias.dtype) : nullptr;
+}
+int64_t row_bytes(const Tensor& t) { return t.stride(0) * itemsize(t.dtype); }
+
+// ---- on a CPU ----------------------------------------------------------------------------------------------------------
+
+void few_rows(const Shape& s, const Tensor& x, const Int4Rows& w, const Tensor& bias, uint32_t* words,
+              const Tensor& out) {
+  const Int4Kernels& kernels = int4_kernels();
+  for (int64_t i = 0; i < s.m; ++i) kernels.pack(x.dtype, s.pairs, x.row(i), s.k, words + i * s.steps);
+  parallel_for((s.n + kFewStep - 1) / kFewStep, 1, [&](int64_t first, int64_t last) {
+    for (int64_t begin = first * kFewStep; begin < std::min(last * kFewStep, s.n); begin += kFewStep) {
+      const int64_t end = std::min(begin + kFewStep, s.n);
+      alignas(64) float y[kFewRows * kFewStep];
+      kernels.few(s.pairs, w, begin, end, words, s.m, y);
+      for (int64_t i = 0; i < s.m; ++i) {
+        kernels.finish(y + i * kFewStep, end - begin, out.dtype, bias_at(bias, begin),
+                       out.row(i) + begin * itemsize(out.dtype));
+      }
+    }
+  });
+}
+
+void many_rows(const Shape& s, const Tensor& x, const Int4Rows& w, const Tensor& bias, const ForwardSpace& space,
+               int64_t slots, const Tensor& out) {
+  const Int4Kernels& kernels = int4_kernels();
+  const auto rows_in = [&](int64_t panel) { return std::min(s.m - panel * s.lanes, s.lanes); };
+  parallel_for(s.panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      kernels.pack_across(x.dtype, s.pairs, x.row(p * s.lanes), row_bytes(x), rows_in(p), s.k,
+                          space.x + p * s.steps * s.lanes);
+    }
+  });
+  for_slots(slots, s.row_blocks(), [&](int64_t slot, int64_t first, int64_t last) {
+    uint32_t* decoded = space.w + slot * s.block_rows * s.row_words;
+    alignas(64) float sums[kMaxBlock * kMaxLanes];
+    for (int64_t begin = first * s.block_rows; begin < std::min(last * s.block_rows, s.n); begin += s.block_rows) {
+      const int64_t rows = std::min(s.block_rows, s.n - begin);
+      for (int64_t r = 0; r < rows; ++r) kernels.decode(s.pairs, w, begin + r, decoded + r * s.row_words);
+      for (int64_t p = 0; p < s.panels; ++p) {
+        fused_kernels().multiply(s.pairs, decoded, s.row_words, 1, rows, space.x + p * s.steps * s.lanes, s.steps,
+                                 rows_in(p), sums, s.lanes, false);
+        kernels.finish_across(sums, rows, rows_in(p), out.dtype, bias_at(bias, begin),
+                              out.row(p * s.lanes) + begin * itemsize(out.dtype), row_bytes(out));
+      }
+    }
+  });
+}
+
+void backward(const Shape& s, const Tensor& grad, const Int4Rows& w, const BackwardSpace& space, int64_t slots,
+              bool direct, const Tensor& grad_x) {
+  const Int4Kernels& kernels = int4_kernels();
+  const uint32_t* words = direct ? grad.ptr<uint32_t>() : space.grad;
+  const int64_t grad_row = direct ? row_bytes(grad) / 4 : BackwardSpace::grad_words(s);
+  const int64_t rows_of_step = s.pairs ? 2 : 1, panel_steps = kBackwardRows / rows_of_step;
+  if (!direct) {
+    parallel_for(s.m, 16, [&](int64_t begin, int64_t end) {
+      fused_kernels().pack_rows(grad.dtype, s.pairs, grad.row(begin), row_bytes(grad), nullptr, end - begin, s.n,
+                                space.grad + begin * grad_row);
+    });
+  }
+  for_slots(slots, s.tiles(), [&](int64_t slot, int64_t first, int64_t last) {
+    uint32_t* decoded = space.w + slot * kBackwardRows * int4::kBlock;
+    float* sums = space.sums + slot * std::min(s.m, kBackwardSums) * int4::kBlock;
+    for (int64_t tile = first; tile < last; ++tile) {
+      const int64_t block = tile % s.blocks, top = tile / s.blocks * kBackwardSums;
+      const int64_t rows = std::min(kBackwardSums, s.m - top),
+                    columns = std::min<int64_t>(int4::kBlock, s.k - block * int4::kBlock);
+      for (int64_t begin = 0; begin < s.n; begin += kBackwardRows) {
+        const int64_t count = std::min(kBackwardRows, s.n - begin), steps = (count + rows_of_step - 1) / rows_of_step;
+        kernels.decode_along(s.pairs, w, begin, count, block, panel_steps, decoded);
+        for (int64_t c = 0; c < columns; c += s.lanes) {
+          fused_kernels().multiply(s.pairs, words + top * grad_row + begin / rows_of_step, grad_row, 1, rows,
+                                   decoded + c * panel_steps, steps, std::min(s.lanes, columns - c), sums + c,
+                                   int4::kBlock, begin > 0);
+        }
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        kernels.finish(sums + i * int4::kBlock, columns, grad_x.dtype, nullptr,
+                       grad_x.row(top + i) + block * int4::kBlock * itemsize(grad_x.dtype));
+      }
+    }
+  });
 }
 
 }  // namespace
 
-bool int4_gemm_fits(Tensor x, Tensor codes) { return x.device == Device::CUDA ? cuda::int4_gemm_fits(x, codes) : true; }
+bool int4_gemm_fits(Tensor x, Tensor codes, Tensor scales, Tensor table) {
+  return x.device == Device::CUDA ? cuda::int4_gemm_fits(x, codes, scales, table) : true;
+}
 
 int64_t int4_gemm_bytes(Tensor x, Tensor codes, int64_t columns, bool backward, int64_t, int64_t threads) {
   if (x.device == Device::CUDA) return cuda::int4_gemm_bytes(x, codes);
-  return backward ? (x.size(0) + 1) * columns * 4 : threads * columns * 4;
+  const Shape s(x.size(0), codes.size(0), columns, x.dtype);
+  Arena arena{nullptr};
+  if (backward) {
+    BackwardSpace(arena, s, std::min(threads, s.tiles()), rows_are_words(x, s));
+  } else {
+    ForwardSpace(arena, s, std::min(threads, s.row_blocks()));
+  }
+  return arena.used;
 }
 
 void int4_gemm(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor table, int64_t group_size, Tensor bias,
@@ -70,23 +238,11 @@ void int4_gemm(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor table
     if (activation_bits) fail(kOp, "activation_bits", "None on a GPU", "8", "int8 activations are for CPUs.");
     return cuda::int4_gemm(x, codes, scales, zeros, table, group_size, bias, workspace, out);
   }
+  if (m == 0 || n == 0) return;
   const Int4Rows w = rows_of(codes, scales, zeros, table, k, group_size);
-  expect_workspace(workspace, k * 4, x);
-  const Int4Kernels& kernels = int4_kernels();
-  float* row = workspace.ptr<float>();
-  for (int64_t j = 0; j < n; ++j) {
-    kernels.dequantize(w, j, DType::Float32, row);
-    float b = 0;
-    if (bias.defined()) kernels.add(1.0f, &b, 0, &b);
-    for (int64_t i = 0; i < m; ++i) {
-      float y = kernels.dot(x.dtype, x.row(i), row, k);
-      if (bias.defined()) {
-        float one = 1.0f;
-        y += kernels.dot(bias.dtype, bias.ptr<char>() + j * itemsize(bias.dtype), &one, 1);
-      }
-      kernels.convert(&y, out.dtype, out.row(i) + j * itemsize(out.dtype), 1);
-    }
-  }
+  const Shape s(m, n, k, x.dtype);
+  const auto [space, slots] = take_space<ForwardSpace>(workspace, x, s, s.row_blocks());
+  s.few() ? few_rows(s, x, w, bias, space.x, out) : many_rows(s, x, w, bias, space, slots, out);
 }
 
 void int4_gemm_backward(Tensor grad, Tensor codes, Tensor scales, Tensor zeros, Tensor table, int64_t group_size,
@@ -101,20 +257,12 @@ void int4_gemm_backward(Tensor grad, Tensor codes, Tensor scales, Tensor zeros, 
     fail(kOp, "grad", "a tensor on the CPU", describe(grad),
          "On a GPU, W is made slab by slab for the framework's GEMM.");
   }
+  if (m == 0 || k == 0) return;
   const Int4Rows w = rows_of(codes, scales, zeros, table, k, group_size);
-  expect_workspace(workspace, (m + 1) * k * 4, grad);
-  const Int4Kernels& kernels = int4_kernels();
-  float *row = workspace.ptr<float>(), *sums = row + k;
-  std::memset(sums, 0, m * k * 4);
-  for (int64_t j = 0; j < n; ++j) {
-    kernels.dequantize(w, j, DType::Float32, row);
-    for (int64_t i = 0; i < m; ++i) {
-      const float one = 1.0f;
-      const float g = kernels.dot(grad.dtype, grad.row(i) + j * itemsize(grad.dtype), &one, 1);
-      kernels.add(g, row, k, sums + i * k);
-    }
-  }
-  for (int64_t i = 0; i < m; ++i) kernels.convert(sums + i * k, grad.dtype, grad_x.row(i), k);
+  const Shape s(m, n, k, grad.dtype);
+  const bool direct = rows_are_words(grad, s);
+  const auto [space, slots] = take_space<BackwardSpace>(workspace, grad, s, s.tiles(), direct);
+  backward(s, grad, w, space, slots, direct, grad_x);
 }
 
 void int4_gemm_dequantize(Tensor codes, Tensor scales, Tensor zeros, Tensor table, int64_t group_size, Tensor out) {

@@ -27,6 +27,13 @@
 
 namespace fastpost::cuda {
 
+// Whether the files *_sm90.cu are part of this build.
+#ifdef FASTPOST_SM90
+constexpr bool kBuiltForSm90 = true;
+#else
+constexpr bool kBuiltForSm90 = false;
+#endif
+
 // Where an op runs: the stream of its first tensor, with that tensor's device made current for the scope.
 class Stream {
  public:

@@ -68,11 +68,27 @@ void int4_gemm_dequantize(Tensor codes, Tensor scales, Tensor zeros, Tensor tabl
   });
 }
 
-bool int4_gemm_fits(Tensor x, Tensor codes) {
+namespace {
+
+bool is_hopper(const Stream& stream, int device) {
+  int major = 0;
+  stream.check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return kBuiltForSm90 && major == 9;
+}
+
+// Beyond these rows the time to make W in 16 bits, slab by slab, is small beside that of the product.
+constexpr int64_t kTilesMost = 1024;
+
+}  // namespace
+
+bool int4_gemm_fits(Tensor x, Tensor codes, Tensor scales, Tensor table) {
   // Rows of x are copied 16 bytes at a time; float32 has no tensor cores that keep its bits.
-  return (x.dtype == DType::BFloat16 || x.dtype == DType::Float16) && x.size(0) <= kRowsMost && x.size(1) % 8 == 0 &&
-         x.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0 &&
-         reinterpret_cast<uintptr_t>(codes.data) % 16 == 0 && codes.stride(0) % 16 == 0;
+  const bool copies = (x.dtype == DType::BFloat16 || x.dtype == DType::Float16) && x.size(1) % 8 == 0 &&
+                      x.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0 &&
+                      reinterpret_cast<uintptr_t>(codes.data) % 16 == 0 && codes.stride(0) % 16 == 0;
+  if (!copies || x.size(0) <= kRowsMost) return copies;
+  return x.size(0) <= kTilesMost && !table.defined() && scales.dtype == x.dtype &&
+         is_hopper(Stream("int4_gemm", x), x.device_index);
 }
 
 int64_t int4_gemm_bytes(Tensor, Tensor) { return 0; }
@@ -81,7 +97,7 @@ void int4_gemm(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor table
                Tensor, Tensor out) {
   const Stream stream("int4_gemm", x);
   const Int4Matrix w = int4_matrix(codes, scales, zeros, table, group_size, x.size(1));
-  multiply_rows(stream, x, w, bias, out);
+  x.size(0) <= kRowsMost ? multiply_rows(stream, x, w, bias, out) : multiply_tiles_sm90(stream, x, w, bias, out);
 }
 
 }  // namespace fastpost::cuda

@@ -127,4 +127,8 @@ __device__ inline void int4_values(uint32_t word, const ByteTable& table, uint32
 constexpr int kRowsMost = 64;
 void multiply_rows(const Stream& stream, const Tensor& x, const Int4Matrix& w, const Tensor& bias, const Tensor& out);
 
+// cuda/ops/int4_gemm_sm90.cu: the same for any m, without a table, scales in the dtype of x.
+void multiply_tiles_sm90(const Stream& stream, const Tensor& x, const Int4Matrix& w, const Tensor& bias,
+                         const Tensor& out);
+
 }  // namespace fastpost::cuda

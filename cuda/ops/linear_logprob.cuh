@@ -48,11 +48,6 @@ struct TileWork {
 };
 
 // cuda/ops/linear_logprob_sm90.cu, where it is built: every tile of hidden · weightᵀ, and finish_tile on each.
-#ifdef FASTPOST_SM90
-constexpr bool kBuiltForSm90 = true;
-#else
-constexpr bool kBuiltForSm90 = false;
-#endif
 void multiply_tiles_sm90(const Stream& stream, const Tensor& hidden, const Tensor& weight, const TileWork& work);
 
 // ---- a tile's logits, a thread's share of them ----

@@ -71,7 +71,7 @@ SLAB_BYTES = 24 << 20  # of the 50 MB of a Hopper's L2: a slab, the rows that it
 def _forward(x, codes, scales, zeros, table, group_size, bias, activation_bits):
     x = _rows(x)
     out = x.new_empty(x.shape[0], codes.shape[0])
-    if x.is_cuda and not _core.int4_gemm_fits(x, codes):
+    if x.is_cuda and not _core.int4_gemm_fits(x, codes, scales, table):
         return _forward_slabs(x, codes, scales, zeros, table, group_size, bias, out)
     bytes = _core.int4_gemm_bytes(x, codes, x.shape[1], False, activation_bits, torch.get_num_threads())
     workspace = torch.empty(bytes, dtype=torch.uint8, device=x.device)

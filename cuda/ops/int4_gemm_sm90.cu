@@ -1,0 +1,301 @@
+// SPDX-License-Identifier: Apache-2.0
+// x · Wᵀ for compute capability 9.0 and enough rows to be bound by arithmetic. W is the left factor of WGMMA and comes from
+// registers: its codes go from global memory to them, become scale·(code - zero) there, rounded once, and never touch
+// shared memory. x comes by TMA, one warp group loads it, two multiply: 128 rows of W by 64, 128 or 256 of x.
+#include <cuda.h>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <utility>
+
+#include "cuda/ops/int4_gemm.cuh"
+
+namespace fastpost::cuda {
+namespace {
+
+namespace gmma = cute::SM90::GMMA;
+using Full = cutlass::arch::ClusterTransactionBarrier;
+using Empty = cutlass::arch::ClusterBarrier;
+
+constexpr int kTileRows = 128;  // of W
+constexpr int kGroup = 128, kConsumers = 2 * kGroup, kThreads = kGroup + kConsumers;
+constexpr int kStageColumns = 64;       // 128 bytes of a row of x: what one swizzled row of shared memory holds
+constexpr int kOutRow = kTileRows + 8;  // elements; the padding puts rows in other banks
+constexpr int kMostShared = 200 << 10;
+
+__host__ __device__ constexpr int stage_bytes(int tile) { return tile * kStageColumns * 2; }
+__host__ __device__ constexpr int stages(int tile) { return kMostShared / stage_bytes(tile) < 8 ? kMostShared / stage_bytes(tile) : 8; }
+
+struct TilesWork {
+  Int4Matrix w;
+  int64_t m, blocks;  // rows of x; blocks of 128 columns
+  const void* bias;   // or null
+  void* out;
+  int64_t out_stride;
+  int column_tiles;  // of kTile rows of x
+};
+
+template <class T, int kTile>
+struct Atom;
+template <>
+struct Atom<bfloat16, 64> : gmma::MMA_64x64x16_F32BF16BF16_RS<gmma::Major::K, gmma::Major::K> {};
+template <>
+struct Atom<bfloat16, 128> : gmma::MMA_64x128x16_F32BF16BF16_RS<gmma::Major::K, gmma::Major::K> {};
+template <>
+struct Atom<bfloat16, 256> : gmma::MMA_64x256x16_F32BF16BF16_RS<gmma::Major::K, gmma::Major::K> {};
+template <>
+struct Atom<float16, 64> : gmma::MMA_64x64x16_F32F16F16_RS<gmma::Major::K, gmma::Major::K> {};
+template <>
+struct Atom<float16, 128> : gmma::MMA_64x128x16_F32F16F16_RS<gmma::Major::K, gmma::Major::K> {};
+template <>
+struct Atom<float16, 256> : gmma::MMA_64x256x16_F32F16F16_RS<gmma::Major::K, gmma::Major::K> {};
+
+template <class T, int kTile, size_t... I>
+__device__ __forceinline__ void multiply(const uint32_t* a, uint64_t b, float (&d)[kTile / 2],
+                                         std::index_sequence<I...>) {
+  Atom<T, kTile>::fma(a[0], a[1], a[2], a[3], b, d[I]..., gmma::ScaleOut::One);
+}
+
+// A tile of x in shared memory for WGMMA: rows of 128 bytes, swizzled over 8 rows (PTX ISA, matrix descriptor).
+__device__ __forceinline__ uint64_t x_descriptor(const void* shared) {
+  const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 >> 4} << 32,
+                     kUnused = uint64_t{1} << 16;
+  return kSwizzle128 | kEightRows | kUnused | (address & 0x3ffff) >> 4;
+}
+
+// Four 8x8 matrices of 16-bit values, each transposed on the way to shared memory: lane l passes where row l % 8 of matrix
+// l / 8 begins there.
+__device__ __forceinline__ void store_transposed(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(row))),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+__device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory"); }
+
+template <class T>
+__device__ __forceinline__ uint32_t two(float low, float high) {
+  return from_float<T>(low).bits | uint32_t{from_float<T>(high).bits} << 16;
+}
+
+// What a thread needs of a group: scale and -(magic + zero) of rows g and g + 8, as they lie in memory.
+struct Group {
+  uint32_t scale[2];
+  int zero[2];
+};
+
+template <class T, int kTile>
+__global__ void __launch_bounds__(kThreads, 1)
+    tiles_kernel(const __grid_constant__ CUtensorMap x_map, const TilesWork work) {
+  constexpr int kStages = stages(kTile), kBytes = stage_bytes(kTile), kAccumulators = kTile / 2;
+  extern __shared__ char unaligned[];
+  char* shared = unaligned + (1024 - __cvta_generic_to_shared(unaligned) % 1024) % 1024;
+  __shared__ __align__(8) Full::ValueType full[kStages];
+  __shared__ __align__(8) Empty::ValueType empty[kStages];
+
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) / work.column_tiles * kTileRows;
+  const int first_x = static_cast<int>(blockIdx.x) % work.column_tiles * kTile;
+  const int steps = static_cast<int>(2 * work.blocks);
+  if (thread == 0) {
+    for (int s = 0; s < kStages; ++s) {
+      Full::init(&full[s], 1);
+      Empty::init(&empty[s], kConsumers / 32);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+
+  if (thread < kGroup) {  // loads x
+    cutlass::arch::warpgroup_reg_dealloc<40>();
+    if (thread == 0) {
+      for (int step = 0; step < steps; ++step) {
+        const int stage = step % kStages, turn = step / kStages;
+        Empty::wait(&empty[stage], (turn & 1) ^ 1);
+        Full::arrive_and_expect_tx(&full[stage], kBytes);
+        cute::SM90_TMA_LOAD_2D::copy(&x_map, &full[stage], static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST),
+                                     shared + stage * kBytes, step * kStageColumns, first_x);
+      }
+    }
+    return;
+  }
+  cutlass::arch::warpgroup_reg_alloc<232>();
+  const Int4Matrix& w = work.w;
+  const int warp = (thread - kGroup) / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+  int64_t row[2];
+  const uint8_t* codes[2];
+  CUTE_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int64_t at = first_row + 16 * warp + g + 8 * half;
+    row[half] = at < w.n ? at : w.n - 1;
+    codes[half] = w.codes + row[half] * w.codes_stride + 16 * t;
+  }
+  const auto load_group = [&](int group) {
+    Group of;
+    const int at = group < w.groups ? group : w.groups - 1;
+    CUTE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      of.scale[half] = static_cast<const uint16_t*>(w.scales)[row[half] * w.scales_stride + at];
+      of.zero[half] = int4_zero(w, row[half], at);
+    }
+    return of;
+  };
+  uint32_t scale[2], offset[2];
+  const auto begin_group = [&](const Group& of) {
+    CUTE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      scale[half] = of.scale[half] * 0x00010001u;
+      offset[half] = pair_of<T>(-Pair<T>::kMagicValue - static_cast<float>(of.zero[half]));
+    }
+  };
+  Packed<uint32_t, 4> now[2], next[2];
+  CUTE_UNROLL
+  for (int half = 0; half < 2; ++half) now[half] = load_once(codes[half]);
+  begin_group(load_group(0));
+  Group coming = load_group(1);
+  int group = 0, left = w.group_units;
+
+  float sums[kAccumulators];
+  CUTE_UNROLL
+  for (int i = 0; i < kAccumulators; ++i) sums[i] = 0;
+  constexpr auto kAll = std::make_index_sequence<kAccumulators>{};
+  constexpr uint32_t kMinusZero = 0x80008000u;
+
+  for (int block = 0; block < work.blocks; ++block) {
+    if (block + 1 < work.blocks) {
+      CUTE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        next[half] = load_once(codes[half] + static_cast<int64_t>(block + 1) * int4::kBlockBytes);
+      }
+    }
+    uint32_t a[2][8];  // of two steps of 16 columns; while one is multiplied, the other is made
+    CUTE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      uint32_t (&mine)[8] = a[i % 2];
+      CUTE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        uint32_t pairs[4];
+        int4_differences<T>(now[half].v[i], offset[half], pairs);
+        CUTE_UNROLL
+        for (int j = 0; j < 4; ++j) mine[2 * j + half] = fma_pair<T>(pairs[j], scale[half], kMinusZero);
+      }
+      if (--left == 0) {  // the same for all threads
+        begin_group(coming);
+        coming = load_group(++group + 1);
+        left = w.group_units;
+      }
+      const int step = 2 * block + i / 2, stage = step % kStages;
+      if (i % 2 == 0) Full::wait(&full[stage], step / kStages & 1);
+      const uint64_t x = x_descriptor(shared + stage * kBytes) + i % 2 * 4;  // 32 columns: 64 bytes, in units of 16
+      CUTE_UNROLL
+      for (int k = 0; k < kAccumulators; ++k) cute::warpgroup_fence_operand(sums[k]);
+      cute::warpgroup_arrive();
+      multiply<T, kTile>(mine, x, sums, kAll);
+      multiply<T, kTile>(mine + 4, x + 2, sums, kAll);
+      cute::warpgroup_commit_batch();
+      cute::warpgroup_wait<1>();  // the products before these are done
+      CUTE_UNROLL
+      for (int k = 0; k < kAccumulators; ++k) cute::warpgroup_fence_operand(sums[k]);
+      if (i % 2 == 0 && step > 0 && lane == 0) Empty::arrive(&empty[(step - 1) % kStages]);
+    }
+    now[0] = next[0];
+    now[1] = next[1];
+  }
+  cute::warpgroup_wait<0>();
+  CUTE_UNROLL
+  for (int k = 0; k < kAccumulators; ++k) cute::warpgroup_fence_operand(sums[k]);
+
+  // The tile, transposed through shared memory, so that rows of out are written in whole lines.
+  float bias[2] = {0, 0};
+  if (work.bias) {
+    CUTE_UNROLL
+    for (int half = 0; half < 2; ++half) bias[half] = to_float(static_cast<const T*>(work.bias)[row[half]]);
+  }
+  consumers_sync();
+  T* tile = reinterpret_cast<T*>(shared);
+  CUTE_UNROLL
+  for (int j = 0; j < kTile / 8; j += 2) {
+    const float* at = sums + 4 * j;
+    T* to = tile + (8 * (j + lane / 16) + lane % 8) * kOutRow + 16 * warp + lane / 8 % 2 * 8;
+    store_transposed(to, two<T>(at[0] + bias[0], at[1] + bias[0]), two<T>(at[2] + bias[1], at[3] + bias[1]),
+                     two<T>(at[4] + bias[0], at[5] + bias[0]), two<T>(at[6] + bias[1], at[7] + bias[1]));
+  }
+  consumers_sync();
+  for (int i = thread - kGroup; i < kTile * (kTileRows / 8); i += kConsumers) {
+    const int m = i / (kTileRows / 8), column = i % (kTileRows / 8) * 8;
+    if (first_x + m >= work.m) break;
+    const int64_t n = first_row + column;
+    T* to = static_cast<T*>(work.out) + (first_x + m) * work.out_stride + n;
+    const auto eight = *reinterpret_cast<const Packed<T, 8>*>(tile + m * kOutRow + column);
+    if (n + 8 <= w.n && is_aligned<T, 8>(to)) {
+      *reinterpret_cast<Packed<T, 8>*>(to) = eight;
+    } else {
+      CUTE_UNROLL
+      for (int c = 0; c < 8; ++c) {
+        if (n + c < w.n) to[c] = eight.v[c];
+      }
+    }
+  }
+}
+
+// x [m, k] as the copy engine sees it; what lies outside reads as zero.
+CUtensorMap describe(const Stream& stream, const Tensor& x, int tile) {
+  static const auto encode = [&] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    stream.check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+  }();
+  CUtensorMap map;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(x.size(1)), static_cast<cuuint64_t>(x.size(0))};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(x.stride(0)) * 2};
+  const cuuint32_t box[2] = {kStageColumns, static_cast<cuuint32_t>(tile)}, one[2] = {1, 1};
+  const auto type = x.dtype == DType::BFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUresult status =
+      encode ? encode(&map, type, 2, x.data, sizes, strides, box, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
+             : CUDA_ERROR_NOT_FOUND;
+  stream.check(status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue);
+  return map;
+}
+
+template <class T, int kTile>
+void launch_tiles(const Stream& stream, const Tensor& x, TilesWork& work) {
+  const CUtensorMap map = describe(stream, x, kTile);
+  work.column_tiles = static_cast<int>(blocks_for(work.m, kTile));
+  constexpr int kStaged = stages(kTile) * stage_bytes(kTile), kOut = kTile * kOutRow * 2;
+  constexpr int kShared = (kStaged > kOut ? kStaged : kOut) + 1024;
+  auto* kernel = tiles_kernel<T, kTile>;
+  stream.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+  launch(kernel, blocks_for(work.w.n, kTileRows) * work.column_tiles, kThreads, kShared, stream, map, work);
+}
+
+}  // namespace
+
+void multiply_tiles_sm90(const Stream& stream, const Tensor& x, const Int4Matrix& w, const Tensor& bias,
+                         const Tensor& out) {
+  TilesWork work = {};
+  work.w = w;
+  work.m = x.size(0);
+  work.blocks = blocks_for(w.k, int4::kBlock);
+  work.bias = bias.defined() ? bias.data : nullptr;
+  work.out = out.data;
+  work.out_stride = out.stride(0);
+  int processors = 0;
+  stream.check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, x.device_index));
+  // The largest tile of x that still gives most multiprocessors work.
+  const int64_t row_tiles = blocks_for(w.n, kTileRows);
+  const auto enough = [&](int tile) { return 4 * row_tiles * blocks_for(work.m, tile) >= 3 * processors; };
+  const auto go = [&]<class T>(T) {
+    if (work.m > 128 && enough(256)) return launch_tiles<T, 256>(stream, x, work);
+    if (work.m > 64 && enough(128)) return launch_tiles<T, 128>(stream, x, work);
+    launch_tiles<T, 64>(stream, x, work);
+  };
+  x.dtype == DType::BFloat16 ? go(bfloat16{}) : go(float16{});
+}
+
+}  // namespace fastpost::cuda
