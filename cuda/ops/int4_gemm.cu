@@ -97,7 +97,8 @@ void int4_gemm(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor table
                Tensor, Tensor out) {
   const Stream stream("int4_gemm", x);
   const Int4Matrix w = int4_matrix(codes, scales, zeros, table, group_size, x.size(1));
-  x.size(0) <= kRowsMost ? multiply_rows(stream, x, w, bias, out) : multiply_tiles_sm90(stream, x, w, bias, out);
+  if (x.size(0) <= kRowsMost) return multiply_rows(stream, x, w, bias, out);
+  if constexpr (kBuiltForSm90) multiply_tiles_sm90(stream, x, w, bias, out);  // else int4_gemm_fits says no
 }
 
 }  // namespace fastpost::cuda
