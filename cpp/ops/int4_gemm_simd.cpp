@@ -1,55 +1,348 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ops/int4_gemm_simd.h"
 
-#include "core/simd.h"
+#include "ops/int4_decode.h"
 
 namespace fastpost::FP_ISA {
 namespace {
 
-inline float scale_at(const Int4Rows& w, int64_t row, int64_t group) {
-  const char* p = w.scales + row * w.scales_row;
-  return visit_float(w.scales_dtype, [&]<class T>(T) { return to_float(reinterpret_cast<const T*>(p)[group]); });
+constexpr int kWidth = F32::width;
+#if defined(__AVX512F__)
+constexpr int kLanes = 64;  // of a panel, as in linear_logprob_fused_simd.cpp
+constexpr int kFewX = 4;    // rows of x whose sums fit the registers, for four rows of W
+#else
+constexpr int kLanes = 16;
+constexpr int kFewX = 2;
+#endif
+#if defined(__AVX512BF16__)
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
+
+template <bool Pairs>
+constexpr int kSteps = Pairs ? kBlock / 2 : kBlock;  // of a block
+
+template <class F>
+void with_pairs(bool pairs, F&& f) {
+  pairs&& kPairs ? f.template operator()<kPairs>() : f.template operator()<false>();
+}
+
+inline int64_t blocks_of(int64_t k) { return (k + kBlock - 1) / kBlock; }
+
+// ---- weights ---------------------------------------------------------------------------------------------------------
+
+template <bool Pairs>
+void decode_blocks(const Int4Rows& w, int64_t row, int64_t first, int64_t count, uint32_t* out) {
+#if defined(__AVX512BF16__)
+  if constexpr (Pairs) {
+    decode_pairs(w, row, first, count,
+                 [&](int64_t b, int j, __m512i pairs) { _mm512_storeu_si512(out + b * kSteps<true> + 16 * j, pairs); });
+    return;
+  }
+#endif
+  decode_floats(w, row, first, count, [&](int64_t b, int nibble, int word, F32 x) {
+    store(reinterpret_cast<float*>(out) + b * kSteps<false> + 16 * nibble + word, x);
+  });
+}
+
+void decode(bool pairs, const Int4Rows& w, int64_t row, uint32_t* out) {
+  with_pairs(pairs, [&]<bool Pairs>() { decode_blocks<Pairs>(w, row, 0, blocks_of(w.k), out); });
+}
+
+// A block in stored order -> in the order of its columns.
+inline void in_own_order(const float* stored, float* out) {
+#if defined(__AVX512F__)
+  // Registers of nibbles j and j + 4 hold neighbours: of words 4t + i, columns 32i + 8j + {0, ..., 7}.
+  const __m512i index = _mm512_setr_epi32(0, 16, 4, 20, 8, 24, 12, 28, 1, 17, 5, 21, 9, 25, 13, 29);
+  for (int j = 0; j < 4; ++j) {
+    const __m512 even = _mm512_loadu_ps(stored + 16 * j), odd = _mm512_loadu_ps(stored + 16 * (j + 4));
+    for (int i = 0; i < 4; i += 2) {
+      const __m512 two = _mm512_permutex2var_ps(even, _mm512_add_epi32(index, _mm512_set1_epi32(i)), odd);
+      _mm256_storeu_ps(out + 32 * i + 8 * j, _mm512_castps512_ps256(two));
+      _mm256_storeu_ps(out + 32 * (i + 1) + 8 * j, _mm512_extractf32x8_ps(two, 1));
+    }
+  }
+#else
+  for (int c = 0; c < kBlock; ++c) out[c] = stored[kStored.of_column[c]];
+#endif
 }
 
 void dequantize(const Int4Rows& w, int64_t row, DType dtype, void* out) {
   visit_float(dtype, [&]<class T>(T) {
-    const uint8_t* codes = w.codes + row * w.codes_row;
-    for (int64_t k = 0; k < w.k; ++k) {
-      const int64_t group = k / w.group_size;
-      const float scale = scale_at(w, row, group);
-      const int code = int4::code_at(codes + k / int4::kBlock * int4::kBlockBytes, k % int4::kBlock);
-      const int zero = w.zeros ? w.zeros[row * w.zeros_row + group] : int4::kSymmetricZero;
-      static_cast<T*>(out)[k] =
-          from_float<T>(w.table ? int4::weight(code, scale, w.table) : int4::weight(code, scale, zero));
+    for (int64_t b = 0; b * kBlock < w.k; ++b) {
+      float stored[kBlock], values[kBlock];
+      decode_blocks<false>(w, row, b, 1, reinterpret_cast<uint32_t*>(stored));
+      in_own_order(stored, values);
+      T* to = static_cast<T*>(out) + b * kBlock;
+      const int64_t n = w.k - b * kBlock < kBlock ? w.k - b * kBlock : kBlock;
+      int64_t c = 0;
+      for (; c + kWidth <= n; c += kWidth) store(to + c, load(values + c));
+      if (c < n) store_tail(to + c, load(values + c), n - c);
     }
   });
 }
 
-float dot(DType dtype, const void* x, const float* w, int64_t k) {
-  return visit_float(dtype, [&]<class T>(T) {
-    const T* values = static_cast<const T*>(x);
-    F32 s = broadcast(0.0f);
-    int64_t i = 0;
-    for (; i + F32::width <= k; i += F32::width) s = fma(load(values + i), load(w + i), s);
-    if (i < k) s = fma(load_tail(values + i, k - i, 0.0f), load_tail(w + i, k - i, 0.0f), s);
-    return sum(s);
+void decode_along(bool pairs, const Int4Rows& w, int64_t row, int64_t count, int64_t block, int64_t panel_steps,
+                  uint32_t* out) {
+  const auto at = [&](int64_t step, int column) {
+    return out + (column / kLanes * panel_steps + step) * kLanes + column % kLanes;
+  };
+#if defined(__AVX512BF16__)
+  if (pairs) {
+    // 16-bit lane 2w + h of a register is column 32i + 8j + 2t + h; a word takes it from two rows.
+    alignas(64) uint16_t lanes[2][32];
+    for (int half = 0; half < 2; ++half) {
+      for (int d = 0; d < 16; ++d) {
+        const int i = 2 * half + d / 8, t = d % 8 / 2, h = d % 2;
+        lanes[half][2 * d] = static_cast<uint16_t>(2 * (4 * t + i) + h);
+        lanes[half][2 * d + 1] = static_cast<uint16_t>(lanes[half][2 * d] + 32);
+      }
+    }
+    const __m512i index[2] = {_mm512_load_si512(lanes[0]), _mm512_load_si512(lanes[1])};
+    for (int64_t r = 0; r < count; r += 2) {
+      __m512i first[4],
+          second[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
+      decode_pairs(w, row + r, block, 1, [&](int64_t, int j, __m512i x) { first[j] = x; });
+      if (r + 1 < count) decode_pairs(w, row + r + 1, block, 1, [&](int64_t, int j, __m512i x) { second[j] = x; });
+      for (int j = 0; j < 4; ++j) {
+        for (int half = 0; half < 2; ++half) {
+          const __m512i two = _mm512_permutex2var_epi16(first[j], index[half], second[j]);
+          const int column = 64 * half + 8 * j;
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(at(r / 2, column)), _mm512_castsi512_si256(two));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(at(r / 2, column + 32)), _mm512_extracti64x4_epi64(two, 1));
+        }
+      }
+    }
+    return;
+  }
+#endif
+  (void)pairs;
+  for (int64_t r = 0; r < count; ++r) {
+    float stored[kBlock], values[kBlock];
+    decode_blocks<false>(w, row + r, block, 1, reinterpret_cast<uint32_t*>(stored));
+    in_own_order(stored, values);
+    for (int c = 0; c < kBlock; c += kWidth) store(reinterpret_cast<float*>(at(r, c)), load(values + c));
+  }
+}
+
+// ---- rows of x -------------------------------------------------------------------------------------------------------
+
+// The words of one block of a row, in their own order; zero past column k.
+template <class T, bool Pairs>
+inline void words_of(const T* src, int64_t k, int64_t block, uint32_t* out) {
+  const T* from = src + block * kBlock;
+  const int64_t n = k - block * kBlock < kBlock ? k - block * kBlock : kBlock;
+  if constexpr (Pairs) {
+    __builtin_memcpy(out, from, 2 * n);
+    __builtin_memset(reinterpret_cast<char*>(out) + 2 * n, 0, 2 * (kBlock - n));
+  } else {
+    float* to = reinterpret_cast<float*>(out);
+    int64_t c = 0;
+    for (; c + kWidth <= n; c += kWidth) store(to + c, load(from + c));
+    for (; c < n; ++c) to[c] = to_float(from[c]);
+    for (; c < kBlock; ++c) to[c] = 0.0f;
+  }
+}
+
+template <class F>
+void visit_words(DType dtype, bool pairs, F&& f) {
+  if (pairs && kPairs) {
+    f.template operator()<bfloat16, kPairs>();
+  } else {
+    visit_float(dtype, [&]<class T>(T) { f.template operator()<T, false>(); });
+  }
+}
+
+template <bool Pairs>
+constexpr const uint8_t* kStepOf = Pairs ? kStored.of_pair : kStored.of_column;
+
+void pack(DType dtype, bool pairs, const void* src, int64_t k, uint32_t* out) {
+  visit_words(dtype, pairs, [&]<class T, bool Pairs>() {
+    for (int64_t b = 0; b * kBlock < k; ++b, out += kSteps<Pairs>) {
+      uint32_t words[kBlock];
+      words_of<T, Pairs>(static_cast<const T*>(src), k, b, words);
+      for (int d = 0; d < kSteps<Pairs>; ++d) out[kStepOf<Pairs>[d]] = words[d];
+    }
   });
 }
 
-void add(float a, const float* w, int64_t k, float* out) {
-  const F32 factor = broadcast(a);
+// 16 rows of 16 words, `distance` words apart -> their columns.
+template <class Put>
+inline void transpose(const uint32_t* rows, int64_t distance, Put&& put) {
+#if defined(__AVX512F__)
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(rows + i * distance);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {  // a[i + q]: column 4·lane + q of rows i to i + 3
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  for (int q = 0; q < 4; ++q) {
+    const __m512i low0 = _mm512_shuffle_i32x4(a[q], a[q + 4], 0x44),
+                  low1 = _mm512_shuffle_i32x4(a[q + 8], a[q + 12], 0x44);
+    const __m512i high0 = _mm512_shuffle_i32x4(a[q], a[q + 4], 0xee);
+    const __m512i high1 = _mm512_shuffle_i32x4(a[q + 8], a[q + 12], 0xee);
+    put(q, _mm512_shuffle_i32x4(low0, low1, 0x88));
+    put(4 + q, _mm512_shuffle_i32x4(low0, low1, 0xdd));
+    put(8 + q, _mm512_shuffle_i32x4(high0, high1, 0x88));
+    put(12 + q, _mm512_shuffle_i32x4(high0, high1, 0xdd));
+  }
+#else
+  struct Words {
+    uint32_t v[16];
+  };
+  for (int c = 0; c < 16; ++c) {
+    Words column;
+    for (int i = 0; i < 16; ++i) column.v[i] = rows[i * distance + c];
+    put(c, column);
+  }
+#endif
+}
+
+template <class Register>
+inline void put_words(void* to, const Register& words) {
+  __builtin_memcpy(to, &words, 64);
+}
+
+void pack_across(DType dtype, bool pairs, const char* src, int64_t row_bytes, int64_t count, int64_t k, uint32_t* out) {
+  visit_words(dtype, pairs, [&]<class T, bool Pairs>() {
+    for (int64_t b = 0; b * kBlock < k; ++b, out += kSteps<Pairs> * kLanes) {
+      for (int64_t lane = 0; lane < kLanes; lane += 16) {
+        alignas(64) uint32_t words[16][kSteps<Pairs>];
+        for (int64_t i = 0; i < 16; ++i) {
+          if (lane + i < count) {
+            words_of<T, Pairs>(reinterpret_cast<const T*>(src + (lane + i) * row_bytes), k, b, words[i]);
+          } else {
+            __builtin_memset(words[i], 0, sizeof words[i]);
+          }
+        }
+        for (int d = 0; d < kSteps<Pairs>; d += 16) {
+          transpose(words[0] + d, kSteps<Pairs>, [&](int column, const auto& across) {
+            put_words(out + kStepOf<Pairs>[d + column] * kLanes + lane, across);
+          });
+        }
+      }
+    }
+  });
+}
+
+// ---- few rows of x ---------------------------------------------------------------------------------------------------
+
+constexpr int kFewW = 4;           // rows of W decoded side by side
+constexpr int64_t kFewBlocks = 8;  // blocks of them: 8 or 16 KB, which stay in the first-level cache
+
+template <bool Pairs>
+inline F32 multiply_add(const uint32_t* w, F32 x, F32 sum) {
+#if defined(__AVX512BF16__)
+  if constexpr (Pairs) {
+    return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_castps_si512(x.v))};
+  }
+#endif
+  return fma(load(reinterpret_cast<const float*>(w)), x, sum);
+}
+
+// sums [M][kFewW] += rows of x times rows of W, over `steps` words.
+template <bool Pairs, int M>
+inline void add_products(const uint32_t* w, int64_t w_row, const uint32_t* x, int64_t x_row, int64_t steps, F32* sums) {
+  F32 s[M][kFewW];
+  for (int i = 0; i < M; ++i) {
+    for (int r = 0; r < kFewW; ++r) s[i][r] = sums[i * kFewW + r];
+  }
+  for (int64_t k = 0; k < steps; k += kWidth) {
+#pragma GCC unroll 4
+    for (int i = 0; i < M; ++i) {
+      const F32 words = load(reinterpret_cast<const float*>(x + i * x_row + k));
+#pragma GCC unroll 4
+      for (int r = 0; r < kFewW; ++r) s[i][r] = multiply_add<Pairs>(w + r * w_row + k, words, s[i][r]);
+    }
+  }
+  for (int i = 0; i < M; ++i) {
+    for (int r = 0; r < kFewW; ++r) sums[i * kFewW + r] = s[i][r];
+  }
+}
+
+template <bool Pairs>
+void few_of(const Int4Rows& w, int64_t begin, int64_t end, const uint32_t* x, int64_t m, float* y) {
+  constexpr int64_t w_row = kFewBlocks * kSteps<Pairs> + 16;
+  const int64_t blocks = blocks_of(w.k), x_row = blocks * kSteps<Pairs>;
+  alignas(64) uint32_t words[kFewW * w_row];
+  F32 sums[kFewRows * kFewW];
+  for (int64_t row = begin; row < end; row += kFewW) {
+    for (F32& s : sums) s = broadcast(0.0f);
+    for (int64_t b = 0; b < blocks; b += kFewBlocks) {
+      const int64_t n = blocks - b < kFewBlocks ? blocks - b : kFewBlocks;
+      for (int r = 0; r < kFewW; ++r) {
+        decode_blocks<Pairs>(w, row + r < end ? row + r : end - 1, b, n, words + r * w_row);  // the last again, unused
+      }
+      for (int64_t i = 0; i < m; i += kFewX) {
+        const uint32_t* xi = x + i * x_row + b * kSteps<Pairs>;
+        F32* si = sums + i * kFewW;
+        const int64_t steps = n * kSteps<Pairs>;
+        switch (m - i) {
+          case 1: add_products<Pairs, 1>(words, w_row, xi, x_row, steps, si); break;
+          case 2: add_products<Pairs, 2>(words, w_row, xi, x_row, steps, si); break;
+          case 3: add_products < Pairs, kFewX<3 ? kFewX : 3>(words, w_row, xi, x_row, steps, si); break;
+          default: add_products<Pairs, kFewX>(words, w_row, xi, x_row, steps, si);
+        }
+      }
+    }
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t r = 0; r < kFewW && row + r < end; ++r) {
+        y[i * kFewStep + row - begin + r] = sum(sums[i * kFewW + r]);
+      }
+    }
+  }
+}
+
+void few(bool pairs, const Int4Rows& w, int64_t begin, int64_t end, const uint32_t* x, int64_t m, float* y) {
+  with_pairs(pairs, [&]<bool Pairs>() { few_of<Pairs>(w, begin, end, x, m, y); });
+}
+
+// ---- results ---------------------------------------------------------------------------------------------------------
+
+template <class T>
+inline void finish_row(const float* y, int64_t n, const T* bias, T* out) {
   int64_t i = 0;
-  for (; i + F32::width <= k; i += F32::width) store(out + i, fma(factor, load(w + i), load(out + i)));
-  for (; i < k; ++i) out[i] += a * w[i];
+  for (; i + kWidth <= n; i += kWidth) store(out + i, bias ? load(y + i) + load(bias + i) : load(y + i));
+  if (i == n) return;
+  const F32 rest = load_tail(y + i, n - i, 0.0f);
+  store_tail(out + i, bias ? rest + load_tail(bias + i, n - i, 0.0f) : rest, n - i);
 }
 
-void convert(const float* src, DType dtype, void* out, int64_t n) {
+void finish(const float* y, int64_t n, DType dtype, const void* bias, void* out) {
+  visit_float(dtype, [&]<class T>(T) { finish_row(y, n, static_cast<const T*>(bias), static_cast<T*>(out)); });
+}
+
+void finish_across(const float* c, int64_t n, int64_t used, DType dtype, const void* bias, char* out, int64_t out_row) {
   visit_float(dtype, [&]<class T>(T) {
-    for (int64_t i = 0; i < n; ++i) static_cast<T*>(out)[i] = from_float<T>(src[i]);
+    for (int64_t j = 0; j < n; j += 16) {
+      const int64_t columns = n - j < 16 ? n - j : 16;
+      for (int64_t lane = 0; lane < used; lane += 16) {
+        alignas(64) float tile[16][16];
+        if (columns < 16) {
+          for (int64_t i = 0; i < 16; ++i) {
+            for (int64_t r = 0; r < columns; ++r) tile[i][r] = c[(j + r) * kLanes + lane + i];
+          }
+        } else {
+          transpose(reinterpret_cast<const uint32_t*>(c) + j * kLanes + lane, kLanes,
+                    [&](int i, const auto& row) { put_words(tile[i], row); });
+        }
+        for (int64_t i = 0; i < 16 && lane + i < used; ++i) {
+          finish_row(tile[i], columns, bias ? static_cast<const T*>(bias) + j : nullptr,
+                     reinterpret_cast<T*>(out + (lane + i) * out_row) + j);
+        }
+      }
+    }
   });
 }
 
-constexpr Int4Kernels kKernels = {dequantize, dot, add, convert};
+constexpr Int4Kernels kKernels = {decode, decode_along, dequantize, pack, pack_across, few, finish, finish_across};
 
 }  // namespace
 

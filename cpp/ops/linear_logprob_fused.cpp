@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/arena.h"
 #include "core/check.h"
 #include "core/parallel.h"
 #include "ops.h"
@@ -60,18 +61,6 @@ struct Shape {
   int64_t columns_in_panel(int64_t p) const { return std::min(d - p * lanes, lanes); }
   // Words of a block along the vocabulary.
   int64_t block_steps(int64_t rows) const { return pairs ? (rows + 1) / 2 : rows; }
-};
-
-// Hands out pieces of the caller's workspace. Without memory behind it, it only adds up what is needed.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-  template <class T>
-  T* take(int64_t count) {
-    T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return p;
-  }
 };
 
 struct ForwardSpace {

@@ -8,7 +8,7 @@ function(fastpost_add_simd_sources target)
     set(flags_baseline "")
     set(flags_avx2 -mavx2 -mfma -mf16c)
     set(flags_avx512 ${flags_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)
-    set(flags_avx512bf16 ${flags_avx512} -mavx512bf16)
+    set(flags_avx512bf16 ${flags_avx512} -mavx512bf16 -mavx512vnni)  # every CPU with the first has the second
     target_compile_definitions(${target} PRIVATE FP_X86_DISPATCH)
   else()
     set(isas baseline)
