@@ -33,19 +33,34 @@ static_assert(kStored.of_pair[1] == 4 && kStored.of_pair[4] == 16 && kStored.of_
 
 // ---- scales ----------------------------------------------------------------------------------------------------------
 
-// Scales and zeros of a row as floats: one a block where groups are whole blocks, else one a unit.
+// Scales and zeros of a row as floats, one for each part of a block that lies in one group: 1, 2 or 4 parts.
 struct Scales {
   alignas(64) float scale[kMostBlocks * kUnits], zero[kMostBlocks * kUnits];
 };
 
-inline bool whole_blocks(const Int4Rows& w) { return w.group_size % kBlock == 0; }
+inline int parts_of(const Int4Rows& w) { return w.group_size % kBlock == 0 ? 1 : w.group_size % 64 == 0 ? 2 : 4; }
 
-// Entries [first, first + count), in blocks or units. Past the last group scale and zero are 0.
+// f.template operator()<Parts, Zeros>(): Zeros if each group has its own, else it is in the table.
+template <class F>
+inline void with_format(const Int4Rows& w, F&& f) {
+  const int parts = parts_of(w);
+  if (w.zeros) {
+    parts == 1   ? f.template operator()<1, true>()
+    : parts == 2 ? f.template operator()<2, true>()
+                 : f.template operator()<4, true>();
+  } else {
+    parts == 1   ? f.template operator()<1, false>()
+    : parts == 2 ? f.template operator()<2, false>()
+                 : f.template operator()<4, false>();
+  }
+}
+
+// Of parts [first, first + count). Past the last group the scale is 0.
+template <bool Zeros>
 inline void read_scales(const Int4Rows& w, int64_t row, int64_t first, int64_t count, Scales* out) {
-  const int64_t per_group = w.group_size / (whole_blocks(w) ? kBlock : kUnit);
+  const int64_t per_group = w.group_size / (kBlock / parts_of(w));
   const int64_t all = (w.k + w.group_size - 1) / w.group_size;
-  const uint8_t* zeros = w.zeros ? w.zeros + row * w.zeros_row : nullptr;
-  const float zero = w.table ? 0.0f : static_cast<float>(int4::kSymmetricZero);
+  const uint8_t* zeros = Zeros ? w.zeros + row * w.zeros_row : nullptr;
   visit_float(w.scales_dtype, [&]<class T>(T) {
     const T* scales = reinterpret_cast<const T*>(w.scales + row * w.scales_row);
     int64_t i = 0;
@@ -53,11 +68,11 @@ inline void read_scales(const Int4Rows& w, int64_t row, int64_t first, int64_t c
       const int64_t there = first + count < all ? count : all - first;
       for (; i + F32::width <= there; i += F32::width) store(out->scale + i, load(scales + first + i));
       for (; i < there; ++i) out->scale[i] = to_float(scales[first + i]);
-      for (int64_t k = 0; k < there; ++k) out->zero[k] = zeros ? static_cast<float>(zeros[first + k]) : zero;
+      for (int64_t k = 0; Zeros && k < there; ++k) out->zero[k] = static_cast<float>(zeros[first + k]);
     } else {
       for (int64_t group = first / per_group, left = per_group - first % per_group; i < count && group < all; ++i) {
         out->scale[i] = to_float(scales[group]);
-        out->zero[i] = zeros ? static_cast<float>(zeros[group]) : zero;
+        if constexpr (Zeros) out->zero[i] = static_cast<float>(zeros[group]);
         if (--left == 0) {
           ++group;
           left = per_group;
@@ -76,37 +91,57 @@ inline void read_scales(const Int4Rows& w, int64_t row, int64_t first, int64_t c
 struct Table {
   __m512 v;
   explicit Table(const float* p) : v(_mm512_loadu_ps(p)) {}
-  Table(const Table& base, float scale, float zero)
-      : v(_mm512_mul_ps(_mm512_set1_ps(scale), _mm512_sub_ps(base.v, _mm512_set1_ps(zero)))) {}
+  Table times(float scale) const { return Table(_mm512_mul_ps(_mm512_set1_ps(scale), v)); }
+  Table minus(float zero) const { return Table(_mm512_sub_ps(v, _mm512_set1_ps(zero))); }
   F32 operator()(const uint8_t* words, int nibble) const {
     return {_mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_loadu_si512(words), 4 * nibble), v)};
   }
+
+ private:
+  explicit Table(__m512 of) : v(of) {}
 };
-inline F32 of_units(const float* four) { return {_mm512_broadcast_f32x4(_mm_loadu_ps(four))}; }  // lane w: four[w % 4]
+// Lane w of a register is of the part in which word w lies.
+template <int Parts>
+inline F32 of_parts(const float* p) {
+  return {_mm512_broadcast_f32x4(Parts == 4 ? _mm_loadu_ps(p) : _mm_setr_ps(p[0], p[0], p[1], p[1]))};
+}
 
 #elif defined(__AVX2__)
 
 struct Table {
   __m256 low, high;
   explicit Table(const float* p) : low(_mm256_loadu_ps(p)), high(_mm256_loadu_ps(p + 8)) {}
-  Table(const Table& base, float scale, float zero)
-      : low(_mm256_mul_ps(_mm256_set1_ps(scale), _mm256_sub_ps(base.low, _mm256_set1_ps(zero)))),
-        high(_mm256_mul_ps(_mm256_set1_ps(scale), _mm256_sub_ps(base.high, _mm256_set1_ps(zero)))) {}
+  Table times(float s) const { return {_mm256_mul_ps(_mm256_set1_ps(s), low), _mm256_mul_ps(_mm256_set1_ps(s), high)}; }
+  Table minus(float z) const { return {_mm256_sub_ps(low, _mm256_set1_ps(z)), _mm256_sub_ps(high, _mm256_set1_ps(z))}; }
   F32 operator()(const uint8_t* words, int nibble) const {
     const __m256i i = _mm256_srli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(words)), 4 * nibble);
     return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, i), _mm256_permutevar8x32_ps(high, i),
                              _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)))};
   }
+
+ private:
+  Table(__m256 l, __m256 h) : low(l), high(h) {}
 };
-inline F32 of_units(const float* four) { return {_mm256_broadcast_ps(reinterpret_cast<const __m128*>(four))}; }
+template <int Parts>
+inline F32 of_parts(const float* p) {
+  const __m128 four = Parts == 4 ? _mm_loadu_ps(p) : _mm_setr_ps(p[0], p[0], p[1], p[1]);
+  return {_mm256_set_m128(four, four)};
+}
 
 #else
 
 struct Table {
   float v[16];
   explicit Table(const float* p) { __builtin_memcpy(v, p, sizeof v); }
-  Table(const Table& base, float scale, float zero) {
-    for (int i = 0; i < 16; ++i) v[i] = scale * (base.v[i] - zero);
+  Table times(float scale) const {
+    Table r = *this;
+    for (float& x : r.v) x *= scale;
+    return r;
+  }
+  Table minus(float zero) const {
+    Table r = *this;
+    for (float& x : r.v) x -= zero;
+    return r;
   }
   F32 operator()(const uint8_t* words, int nibble) const {
     F32 r;
@@ -114,39 +149,47 @@ struct Table {
     return r;
   }
 };
-inline F32 of_units(const float* four) {
+template <int Parts>
+inline F32 of_parts(const float* p) {
   F32 r;
-  for (int i = 0; i < F32::width; ++i) r.v[i] = four[i % 4];
+  for (int i = 0; i < F32::width; ++i) r.v[i] = p[i % 4 * Parts / 4];
   return r;
 }
 
 #endif
 
 constexpr float kCodes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-inline const float* base_values(const Int4Rows& w) { return w.table ? w.table : kCodes; }
+template <bool Zeros>
+inline Table base_of(const Int4Rows& w) {
+  if (w.table) return Table(w.table);
+  const Table codes(kCodes);
+  return Zeros ? codes : codes.minus(int4::kSymmetricZero);
+}
 
-// put(block, nibble, first word, F32) for blocks [first, first + count) of a row.
-template <class Put>
-inline void decode_floats(const Int4Rows& w, int64_t row, int64_t first, int64_t count, Put&& put) {
+// put(block, nibble, first word, F32) for blocks [first, first + count) of a row. `ahead`: bytes to what is read soon,
+// where the hardware would not see it coming.
+template <int Parts, bool Zeros, class Put>
+inline void decode_floats(const Int4Rows& w, int64_t row, int64_t first, int64_t count, int64_t ahead, Put&& put) {
   const uint8_t* codes = w.codes + row * w.codes_row + first * int4::kBlockBytes;
-  const bool whole = whole_blocks(w);
-  const Table base(base_values(w));
+  const Table base = base_of<Zeros>(w);
   Scales s;
   for (int64_t begin = 0; begin < count; begin += kMostBlocks) {
-    const int64_t n = count - begin < kMostBlocks ? count - begin : kMostBlocks, per = whole ? 1 : kUnits;
-    read_scales(w, row, (first + begin) * per, n * per, &s);
+    const int64_t n = count - begin < kMostBlocks ? count - begin : kMostBlocks;
+    read_scales<Zeros>(w, row, (first + begin) * Parts, n * Parts, &s);
     for (int64_t b = 0; b < n; ++b, codes += int4::kBlockBytes) {
-      if (whole) {
-        const Table table(base, s.scale[b], s.zero[b]);
+      __builtin_prefetch(codes + ahead);
+      const float *scale = s.scale + Parts * b, *zero = s.zero + Parts * b;
+      if constexpr (Parts == 1) {
+        const Table table = (Zeros ? base.minus(*zero) : base).times(*scale);
         for (int nibble = 0; nibble < 8; ++nibble) {
-          for (int word = 0; word < 16; word += F32::width)
-            put(begin + b, nibble, word, table(codes + 4 * word, nibble));
+          for (int i = 0; i < 16; i += F32::width) put(begin + b, nibble, i, table(codes + 4 * i, nibble));
         }
       } else {
-        const F32 scale = of_units(s.scale + kUnits * b), zero = of_units(s.zero + kUnits * b);
+        const F32 scales = of_parts<Parts>(scale), zeros = Zeros ? of_parts<Parts>(zero) : scales;
         for (int nibble = 0; nibble < 8; ++nibble) {
-          for (int word = 0; word < 16; word += F32::width) {
-            put(begin + b, nibble, word, scale * (base(codes + 4 * word, nibble) - zero));
+          for (int i = 0; i < 16; i += F32::width) {
+            const F32 value = base(codes + 4 * i, nibble);
+            put(begin + b, nibble, i, scales * (Zeros ? value - zeros : value));
           }
         }
       }
@@ -158,37 +201,36 @@ inline void decode_floats(const Int4Rows& w, int64_t row, int64_t first, int64_t
 
 #if defined(__AVX512BF16__)
 
-// put(block, j, register of 16 pairs). A table of 16 values stands twice in a register, so that the bit above a code,
-// which belongs to another, does not matter; with a table for each unit, that place of the index says which.
-template <class Put>
-inline void decode_pairs(const Int4Rows& w, int64_t row, int64_t first, int64_t count, Put&& put) {
+// put(block, j, register of 16 pairs). A register holds two tables of 16 values. Where all of a block uses one table, it
+// stands there twice, so that the bit above a code, which belongs to another, does not matter; else that place of the
+// index says which part's table.
+template <int Parts, bool Zeros, class Put>
+inline void decode_pairs(const Int4Rows& w, int64_t row, int64_t first, int64_t count, int64_t ahead, Put&& put) {
   const uint8_t* codes = w.codes + row * w.codes_row + first * int4::kBlockBytes;
-  const bool whole = whole_blocks(w);
-  const Table base(base_values(w));
-  const __m512i nibble = _mm512_set1_epi16(15);
-  const __m512i of_unit = _mm512_broadcast_i32x4(_mm_setr_epi16(0, 0, 16, 16, 32, 32, 48, 48));
+  const Table base = base_of<Zeros>(w);
+  const __m512i code = _mm512_set1_epi16(15);
+  const __m512i of_part = _mm512_broadcast_i32x4(Parts == 4 ? _mm_setr_epi16(0, 0, 16, 16, 32, 32, 48, 48)
+                                                            : _mm_setr_epi16(0, 0, 0, 0, 16, 16, 16, 16));
   Scales s;
   for (int64_t begin = 0; begin < count; begin += kMostBlocks) {
-    const int64_t n = count - begin < kMostBlocks ? count - begin : kMostBlocks, per = whole ? 1 : kUnits;
-    read_scales(w, row, (first + begin) * per, n * per, &s);
+    const int64_t n = count - begin < kMostBlocks ? count - begin : kMostBlocks;
+    read_scales<Zeros>(w, row, (first + begin) * Parts, n * Parts, &s);
     for (int64_t b = 0; b < n; ++b, codes += int4::kBlockBytes) {
+      __builtin_prefetch(codes + ahead);
+      const auto table = [&](int part) {
+        return (Zeros ? base.minus(s.zero[Parts * b + part]) : base).times(s.scale[Parts * b + part]).v;
+      };
+      const auto two_tables = [&](int part0, int part1) {
+        return (__m512i)_mm512_cvtne2ps_pbh(table(part1), table(part0));
+      };
+      const __m512i low = two_tables(0, Parts == 1 ? 0 : 1), high = Parts == 4 ? two_tables(2, 3) : low;
       const __m512i v = _mm512_loadu_si512(codes);
-      if (whole) {
-        const Table of_block(base, s.scale[b], s.zero[b]);
-        const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(of_block.v, of_block.v);
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) put(begin + b, j, _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 4 * j), table));
-      } else {
-        const float *scale = s.scale + kUnits * b, *zero = s.zero + kUnits * b;
-        const Table t0(base, scale[0], zero[0]), t1(base, scale[1], zero[1]);
-        const Table t2(base, scale[2], zero[2]), t3(base, scale[3], zero[3]);
-        const __m512i low = (__m512i)_mm512_cvtne2ps_pbh(t1.v, t0.v), high = (__m512i)_mm512_cvtne2ps_pbh(t3.v, t2.v);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-          // (v >> 4j & 15) | 16·unit
-          const __m512i index = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v, 4 * j), nibble, of_unit, 0xea);
-          put(begin + b, j, _mm512_permutex2var_epi16(low, index, high));
-        }
+      for (int j = 0; j < 4; ++j) {
+        __m512i index = _mm512_srli_epi16(v, 4 * j);
+        if constexpr (Parts > 1) index = _mm512_ternarylogic_epi32(index, code, of_part, 0xea);  // index & code | part
+        put(begin + b, j,
+            Parts == 4 ? _mm512_permutex2var_epi16(low, index, high) : _mm512_permutexvar_epi16(index, low));
       }
     }
   }

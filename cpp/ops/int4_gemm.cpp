@@ -129,7 +129,7 @@ int64_t row_bytes(const Tensor& t) { return t.stride(0) * itemsize(t.dtype); }
 void few_rows(const Shape& s, const Tensor& x, const Int4Rows& w, const Tensor& bias, uint32_t* words,
               const Tensor& out) {
   const Int4Kernels& kernels = int4_kernels();
-  for (int64_t i = 0; i < s.m; ++i) kernels.pack(x.dtype, s.pairs, x.row(i), s.k, words + i * s.steps);
+  for (int64_t i = 0; i < s.m; ++i) kernels.pack(x.dtype, s.pairs, x.row(i), s.k, i, s.m, words);
   parallel_for((s.n + kFewStep - 1) / kFewStep, 1, [&](int64_t first, int64_t last) {
     for (int64_t begin = first * kFewStep; begin < std::min(last * kFewStep, s.n); begin += kFewStep) {
       const int64_t end = std::min(begin + kFewStep, s.n);

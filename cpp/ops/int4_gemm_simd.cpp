@@ -32,22 +32,29 @@ inline int64_t blocks_of(int64_t k) { return (k + kBlock - 1) / kBlock; }
 
 // ---- weights ---------------------------------------------------------------------------------------------------------
 
+constexpr int64_t kAhead = 1024;    // bytes to prefetch where rows are read from end to end,
+constexpr int64_t kRowsAhead = 16;  // rows where a block of columns is
+
+// Blocks of a row one after the other, in stored order.
 template <bool Pairs>
-void decode_blocks(const Int4Rows& w, int64_t row, int64_t first, int64_t count, uint32_t* out) {
+void decode_blocks(const Int4Rows& w, int64_t row, int64_t first, int64_t count, int64_t ahead, uint32_t* out) {
+  with_format(w, [&]<int Parts, bool Zeros>() {
 #if defined(__AVX512BF16__)
-  if constexpr (Pairs) {
-    decode_pairs(w, row, first, count,
-                 [&](int64_t b, int j, __m512i pairs) { _mm512_storeu_si512(out + b * kSteps<true> + 16 * j, pairs); });
-    return;
-  }
+    if constexpr (Pairs) {
+      decode_pairs<Parts, Zeros>(w, row, first, count, ahead, [&](int64_t b, int j, __m512i pairs) {
+        _mm512_storeu_si512(out + b * kSteps<true> + 16 * j, pairs);
+      });
+      return;
+    }
 #endif
-  decode_floats(w, row, first, count, [&](int64_t b, int nibble, int word, F32 x) {
-    store(reinterpret_cast<float*>(out) + b * kSteps<false> + 16 * nibble + word, x);
+    decode_floats<Parts, Zeros>(w, row, first, count, ahead, [&](int64_t b, int nibble, int word, F32 x) {
+      store(reinterpret_cast<float*>(out) + b * kSteps<false> + 16 * nibble + word, x);
+    });
   });
 }
 
 void decode(bool pairs, const Int4Rows& w, int64_t row, uint32_t* out) {
-  with_pairs(pairs, [&]<bool Pairs>() { decode_blocks<Pairs>(w, row, 0, blocks_of(w.k), out); });
+  with_pairs(pairs, [&]<bool Pairs>() { decode_blocks<Pairs>(w, row, 0, blocks_of(w.k), kAhead, out); });
 }
 
 // A block in stored order -> in the order of its columns.
@@ -72,7 +79,7 @@ void dequantize(const Int4Rows& w, int64_t row, DType dtype, void* out) {
   visit_float(dtype, [&]<class T>(T) {
     for (int64_t b = 0; b * kBlock < w.k; ++b) {
       float stored[kBlock], values[kBlock];
-      decode_blocks<false>(w, row, b, 1, reinterpret_cast<uint32_t*>(stored));
+      decode_blocks<false>(w, row, b, 1, kAhead, reinterpret_cast<uint32_t*>(stored));
       in_own_order(stored, values);
       T* to = static_cast<T*>(out) + b * kBlock;
       const int64_t n = w.k - b * kBlock < kBlock ? w.k - b * kBlock : kBlock;
@@ -100,27 +107,34 @@ void decode_along(bool pairs, const Int4Rows& w, int64_t row, int64_t count, int
       }
     }
     const __m512i index[2] = {_mm512_load_si512(lanes[0]), _mm512_load_si512(lanes[1])};
-    for (int64_t r = 0; r < count; r += 2) {
-      __m512i first[4],
-          second[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
-      decode_pairs(w, row + r, block, 1, [&](int64_t, int j, __m512i x) { first[j] = x; });
-      if (r + 1 < count) decode_pairs(w, row + r + 1, block, 1, [&](int64_t, int j, __m512i x) { second[j] = x; });
-      for (int j = 0; j < 4; ++j) {
-        for (int half = 0; half < 2; ++half) {
-          const __m512i two = _mm512_permutex2var_epi16(first[j], index[half], second[j]);
-          const int column = 64 * half + 8 * j;
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(at(r / 2, column)), _mm512_castsi512_si256(two));
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(at(r / 2, column + 32)), _mm512_extracti64x4_epi64(two, 1));
+    with_format(w, [&]<int Parts, bool Zeros>() {
+      for (int64_t r = 0; r < count; r += 2) {
+        __m512i first[4], second[4];
+        decode_pairs<Parts, Zeros>(w, row + r, block, 1, kRowsAhead * w.codes_row,
+                                   [&](int64_t, int j, __m512i x) { first[j] = x; });
+        if (r + 1 < count) {
+          decode_pairs<Parts, Zeros>(w, row + r + 1, block, 1, kRowsAhead * w.codes_row,
+                                     [&](int64_t, int j, __m512i x) { second[j] = x; });
+        } else {
+          for (__m512i& x : second) x = _mm512_setzero_si512();
+        }
+        for (int j = 0; j < 4; ++j) {
+          for (int half = 0; half < 2; ++half) {
+            const __m512i two = _mm512_permutex2var_epi16(first[j], index[half], second[j]);
+            const int column = 64 * half + 8 * j;
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(at(r / 2, column)), _mm512_castsi512_si256(two));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(at(r / 2, column + 32)), _mm512_extracti64x4_epi64(two, 1));
+          }
         }
       }
-    }
+    });
     return;
   }
 #endif
   (void)pairs;
   for (int64_t r = 0; r < count; ++r) {
     float stored[kBlock], values[kBlock];
-    decode_blocks<false>(w, row + r, block, 1, reinterpret_cast<uint32_t*>(stored));
+    decode_blocks<false>(w, row + r, block, 1, kRowsAhead * w.codes_row, reinterpret_cast<uint32_t*>(stored));
     in_own_order(stored, values);
     for (int c = 0; c < kBlock; c += kWidth) store(reinterpret_cast<float*>(at(r, c)), load(values + c));
   }
@@ -157,12 +171,18 @@ void visit_words(DType dtype, bool pairs, F&& f) {
 template <bool Pairs>
 constexpr const uint8_t* kStepOf = Pairs ? kStored.of_pair : kStored.of_column;
 
-void pack(DType dtype, bool pairs, const void* src, int64_t k, uint32_t* out) {
+// Few rows come a chunk of their columns at a time, so that chunks of W and x, 8 or 16 KB each, stay in the first-level
+// cache and lie there side by side.
+constexpr int64_t kFewBlocks = 8;
+
+void pack(DType dtype, bool pairs, const void* src, int64_t k, int64_t row, int64_t rows, uint32_t* out) {
+  const int64_t blocks = blocks_of(k);
   visit_words(dtype, pairs, [&]<class T, bool Pairs>() {
-    for (int64_t b = 0; b * kBlock < k; ++b, out += kSteps<Pairs>) {
-      uint32_t words[kBlock];
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t chunk = b / kFewBlocks * kFewBlocks, n = blocks - chunk < kFewBlocks ? blocks - chunk : kFewBlocks;
+      uint32_t words[kBlock], *to = out + (chunk * rows + row * n + (b - chunk)) * kSteps<Pairs>;
       words_of<T, Pairs>(static_cast<const T*>(src), k, b, words);
-      for (int d = 0; d < kSteps<Pairs>; ++d) out[kStepOf<Pairs>[d]] = words[d];
+      for (int d = 0; d < kSteps<Pairs>; ++d) to[kStepOf<Pairs>[d]] = words[d];
     }
   });
 }
@@ -234,8 +254,7 @@ void pack_across(DType dtype, bool pairs, const char* src, int64_t row_bytes, in
 
 // ---- few rows of x ---------------------------------------------------------------------------------------------------
 
-constexpr int kFewW = 4;           // rows of W decoded side by side
-constexpr int64_t kFewBlocks = 8;  // blocks of them: 8 or 16 KB, which stay in the first-level cache
+constexpr int kFewW = 4;  // rows of W decoded side by side
 
 template <bool Pairs>
 inline F32 multiply_add(const uint32_t* w, F32 x, F32 sum) {
@@ -270,25 +289,24 @@ inline void add_products(const uint32_t* w, int64_t w_row, const uint32_t* x, in
 template <bool Pairs>
 void few_of(const Int4Rows& w, int64_t begin, int64_t end, const uint32_t* x, int64_t m, float* y) {
   constexpr int64_t w_row = kFewBlocks * kSteps<Pairs> + 16;
-  const int64_t blocks = blocks_of(w.k), x_row = blocks * kSteps<Pairs>;
+  const int64_t blocks = blocks_of(w.k);
   alignas(64) uint32_t words[kFewW * w_row];
   F32 sums[kFewRows * kFewW];
   for (int64_t row = begin; row < end; row += kFewW) {
     for (F32& s : sums) s = broadcast(0.0f);
     for (int64_t b = 0; b < blocks; b += kFewBlocks) {
-      const int64_t n = blocks - b < kFewBlocks ? blocks - b : kFewBlocks;
-      for (int r = 0; r < kFewW; ++r) {
-        decode_blocks<Pairs>(w, row + r < end ? row + r : end - 1, b, n, words + r * w_row);  // the last again, unused
+      const int64_t n = blocks - b < kFewBlocks ? blocks - b : kFewBlocks, steps = n * kSteps<Pairs>;
+      for (int r = 0; r < kFewW; ++r) {  // the last row again where there is none, unused
+        decode_blocks<Pairs>(w, row + r < end ? row + r : end - 1, b, n, kFewW * w.codes_row, words + r * w_row);
       }
       for (int64_t i = 0; i < m; i += kFewX) {
-        const uint32_t* xi = x + i * x_row + b * kSteps<Pairs>;
+        const uint32_t* xi = x + b * kSteps<Pairs> * m + i * steps;
         F32* si = sums + i * kFewW;
-        const int64_t steps = n * kSteps<Pairs>;
         switch (m - i) {
-          case 1: add_products<Pairs, 1>(words, w_row, xi, x_row, steps, si); break;
-          case 2: add_products<Pairs, 2>(words, w_row, xi, x_row, steps, si); break;
-          case 3: add_products < Pairs, kFewX<3 ? kFewX : 3>(words, w_row, xi, x_row, steps, si); break;
-          default: add_products<Pairs, kFewX>(words, w_row, xi, x_row, steps, si);
+          case 1: add_products<Pairs, 1>(words, w_row, xi, steps, steps, si); break;
+          case 2: add_products<Pairs, 2>(words, w_row, xi, steps, steps, si); break;
+          case 3: add_products < Pairs, kFewX<3 ? kFewX : 3>(words, w_row, xi, steps, steps, si); break;
+          default: add_products<Pairs, kFewX>(words, w_row, xi, steps, steps, si);
         }
       }
     }
@@ -300,7 +318,40 @@ void few_of(const Int4Rows& w, int64_t begin, int64_t end, const uint32_t* x, in
   }
 }
 
+#if defined(__AVX512BF16__)
+
+// One or two rows of x: weights go from the table straight into products.
+template <int M>
+void few_pairs(const Int4Rows& w, int64_t begin, int64_t end, const uint32_t* x, float* y) {
+  const int64_t blocks = blocks_of(w.k);
+  with_format(w, [&]<int Parts, bool Zeros>() {
+    for (int64_t row = begin; row < end; ++row) {
+      F32 sums[M][4];
+      for (auto& s : sums) {
+        for (F32& t : s) t = broadcast(0.0f);
+      }
+      decode_pairs<Parts, Zeros>(w, row, 0, blocks, kAhead, [&](int64_t b, int j, __m512i pairs) {
+        const int64_t chunk = b / kFewBlocks * kFewBlocks,
+                      n = blocks - chunk < kFewBlocks ? blocks - chunk : kFewBlocks;
+        for (int i = 0; i < M; ++i) {
+          const uint32_t* xi = x + (chunk * M + i * n + (b - chunk)) * kSteps<true> + 16 * j;
+          sums[i][j].v = _mm512_dpbf16_ps(sums[i][j].v, (__m512bh)pairs, (__m512bh)_mm512_loadu_si512(xi));
+        }
+      });
+      for (int i = 0; i < M; ++i) {
+        y[i * kFewStep + row - begin] = sum((sums[i][0] + sums[i][1]) + (sums[i][2] + sums[i][3]));
+      }
+    }
+  });
+}
+
+#endif
+
 void few(bool pairs, const Int4Rows& w, int64_t begin, int64_t end, const uint32_t* x, int64_t m, float* y) {
+#if defined(__AVX512BF16__)
+  if (pairs && m == 1) return few_pairs<1>(w, begin, end, x, y);
+  if (pairs && m == 2) return few_pairs<2>(w, begin, end, x, y);
+#endif
   with_pairs(pairs, [&]<bool Pairs>() { few_of<Pairs>(w, begin, end, x, m, y); });
 }
 

@@ -36,12 +36,12 @@ struct Int4Kernels {
                        uint32_t* out);
   void (*dequantize)(const Int4Rows& w, int64_t row, DType dtype, void* out);
 
-  // A row of x in stored order, or up to `lanes` rows as a panel whose steps are in stored order.
-  void (*pack)(DType dtype, bool pairs, const void* src, int64_t k, uint32_t* out);
+  // Row `row` of few rows of x, in the order of `few`; or up to `lanes` rows as a panel whose steps are in stored order.
+  void (*pack)(DType dtype, bool pairs, const void* src, int64_t k, int64_t row, int64_t rows, uint32_t* out);
   void (*pack_across)(DType dtype, bool pairs, const char* src, int64_t row_bytes, int64_t count, int64_t k,
                       uint32_t* out);
 
-  // y [m][kFewStep] = rows of x, in stored order, times rows [begin, end) of W; at most kFewRows and kFewStep of them.
+  // y [m][kFewStep] = rows of x, packed, times rows [begin, end) of W; at most kFewRows and kFewStep of them.
   void (*few)(bool pairs, const Int4Rows& w, int64_t begin, int64_t end, const uint32_t* x, int64_t m, float* y);
 
   // n sums and bias? of `dtype` -> dtype.
