@@ -19,7 +19,11 @@ VERBS = {
         "RECIPE [--html FILE] [--group.key VALUE ...]",
         "show what the model will see: tokens, mask, lengths, drops",
     ),
-    "eval": ("fastpost.cli.evaluate", "RECIPE [--group.key VALUE ...]", "held-out loss, margin and accuracy"),
+    "eval": (
+        "fastpost.cli.evaluate",
+        "RECIPE | MODEL ... --perplexity TEXT",
+        "held-out loss, margin and accuracy; perplexity of a text",
+    ),
     "generate": ("fastpost.cli.generate", "MODEL [PROMPT ...]", "answer prompts, greedy or sampled"),
     "plot": ("fastpost.cli.plot", "RUN [RUN ...]", "draw the curves of one run or several"),
     "export": ("fastpost.cli.export", "RUN OUT", "write a run's model or adapter; --merge for both in one"),
@@ -29,7 +33,11 @@ VERBS = {
         "list the recipes that come with fastpost, or copy one",
     ),
     "env": ("fastpost.cli.env", "[--json]", "versions, what was built, what was found"),
-    "quantize": (None, "", "int4 weights (not in this version)"),
+    "quantize": (
+        "fastpost.cli.quantize",
+        "MODEL --method NAME --out DIR",
+        "a model in fewer bits: rtn, gptq, awq, nf4, and more",
+    ),
 }
 """verb -> (module, or None when this version has none; arguments; one line of help)"""
 
