@@ -147,9 +147,10 @@ void many_rows(const Shape& s, const Tensor& x, const Int4Rows& w, const Tensor&
                int64_t slots, const Tensor& out) {
   const Int4Kernels& kernels = int4_kernels();
   const auto rows_in = [&](int64_t panel) { return std::min(s.m - panel * s.lanes, s.lanes); };
+  const auto step_of = [&](int64_t panel) { return (rows_in(panel) + 15) / 16 * 16; };
   parallel_for(s.panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      kernels.pack_across(x.dtype, s.pairs, x.row(p * s.lanes), row_bytes(x), rows_in(p), s.k,
+      kernels.pack_across(x.dtype, s.pairs, x.row(p * s.lanes), row_bytes(x), rows_in(p), s.k, step_of(p),
                           space.x + p * s.steps * s.lanes);
     }
   });
@@ -158,10 +159,11 @@ void many_rows(const Shape& s, const Tensor& x, const Int4Rows& w, const Tensor&
     alignas(64) float sums[kMaxBlock * kMaxLanes];
     for (int64_t begin = first * s.block_rows; begin < std::min(last * s.block_rows, s.n); begin += s.block_rows) {
       const int64_t rows = std::min(s.block_rows, s.n - begin);
-      for (int64_t r = 0; r < rows; ++r) kernels.decode(s.pairs, w, begin + r, decoded + r * s.row_words);
+      for (int64_t r = 0; r < rows; ++r)
+        kernels.decode(s.pairs, w, begin + r, rows * w.codes_row, decoded + r * s.row_words);
       for (int64_t p = 0; p < s.panels; ++p) {
-        fused_kernels().multiply(s.pairs, decoded, s.row_words, 1, rows, space.x + p * s.steps * s.lanes, s.steps,
-                                 rows_in(p), sums, s.lanes, false);
+        fused_kernels().multiply(s.pairs, decoded, s.row_words, 1, rows, space.x + p * s.steps * s.lanes, step_of(p),
+                                 s.steps, rows_in(p), sums, s.lanes, false);
         kernels.finish_across(sums, rows, rows_in(p), out.dtype, bias_at(bias, begin),
                               out.row(p * s.lanes) + begin * itemsize(out.dtype), row_bytes(out));
       }
@@ -193,7 +195,7 @@ void backward(const Shape& s, const Tensor& grad, const Int4Rows& w, const Backw
         kernels.decode_along(s.pairs, w, begin, count, block, panel_steps, decoded);
         for (int64_t c = 0; c < columns; c += s.lanes) {
           fused_kernels().multiply(s.pairs, words + top * grad_row + begin / rows_of_step, grad_row, 1, rows,
-                                   decoded + c * panel_steps, steps, std::min(s.lanes, columns - c), sums + c,
+                                   decoded + c * panel_steps, s.lanes, steps, std::min(s.lanes, columns - c), sums + c,
                                    int4::kBlock, begin > 0);
         }
       }

@@ -53,8 +53,8 @@ void decode_blocks(const Int4Rows& w, int64_t row, int64_t first, int64_t count,
   });
 }
 
-void decode(bool pairs, const Int4Rows& w, int64_t row, uint32_t* out) {
-  with_pairs(pairs, [&]<bool Pairs>() { decode_blocks<Pairs>(w, row, 0, blocks_of(w.k), kAhead, out); });
+void decode(bool pairs, const Int4Rows& w, int64_t row, int64_t ahead, uint32_t* out) {
+  with_pairs(pairs, [&]<bool Pairs>() { decode_blocks<Pairs>(w, row, 0, blocks_of(w.k), ahead, out); });
 }
 
 // A block in stored order -> in the order of its columns.
@@ -230,10 +230,11 @@ inline void put_words(void* to, const Register& words) {
   __builtin_memcpy(to, &words, 64);
 }
 
-void pack_across(DType dtype, bool pairs, const char* src, int64_t row_bytes, int64_t count, int64_t k, uint32_t* out) {
+void pack_across(DType dtype, bool pairs, const char* src, int64_t row_bytes, int64_t count, int64_t k,
+                 int64_t out_step, uint32_t* out) {
   visit_words(dtype, pairs, [&]<class T, bool Pairs>() {
-    for (int64_t b = 0; b * kBlock < k; ++b, out += kSteps<Pairs> * kLanes) {
-      for (int64_t lane = 0; lane < kLanes; lane += 16) {
+    for (int64_t b = 0; b * kBlock < k; ++b, out += kSteps<Pairs> * out_step) {
+      for (int64_t lane = 0; lane < out_step; lane += 16) {
         alignas(64) uint32_t words[16][kSteps<Pairs>];
         for (int64_t i = 0; i < 16; ++i) {
           if (lane + i < count) {
@@ -244,7 +245,7 @@ void pack_across(DType dtype, bool pairs, const char* src, int64_t row_bytes, in
         }
         for (int d = 0; d < kSteps<Pairs>; d += 16) {
           transpose(words[0] + d, kSteps<Pairs>, [&](int column, const auto& across) {
-            put_words(out + kStepOf<Pairs>[d + column] * kLanes + lane, across);
+            put_words(out + kStepOf<Pairs>[d + column] * out_step + lane, across);
           });
         }
       }
