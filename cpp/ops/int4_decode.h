@@ -201,36 +201,54 @@ inline void decode_floats(const Int4Rows& w, int64_t row, int64_t first, int64_t
 
 #if defined(__AVX512BF16__)
 
-// put(block, j, register of 16 pairs). A register holds two tables of 16 values. Where all of a block uses one table, it
-// stands there twice, so that the bit above a code, which belongs to another, does not matter; else that place of the
-// index says which part's table.
-template <int Parts, bool Zeros, class Put>
-inline void decode_pairs(const Int4Rows& w, int64_t row, int64_t first, int64_t count, int64_t ahead, Put&& put) {
-  const uint8_t* codes = w.codes + row * w.codes_row + first * int4::kBlockBytes;
+// put(block, j, registers of 16 pairs, one for each of Rows rows); rows past `last` are that one again. A register holds
+// two tables of 16 values. Where all of a block uses one table, it stands there twice, so that the bit above a code, which
+// belongs to another, does not matter; else that place of the index says which part's table.
+template <int Parts, bool Zeros, int Rows, class Put>
+inline void decode_pairs(const Int4Rows& w, int64_t row, int64_t last, int64_t first, int64_t count, int64_t ahead,
+                         Put&& put) {
+  const uint8_t* codes[Rows];
+  for (int r = 0; r < Rows; ++r) codes[r] = w.codes + (row + r < last ? row + r : last) * w.codes_row;
   const Table base = base_of<Zeros>(w);
   const __m512i code = _mm512_set1_epi16(15);
   const __m512i of_part = _mm512_broadcast_i32x4(Parts == 4 ? _mm_setr_epi16(0, 0, 16, 16, 32, 32, 48, 48)
                                                             : _mm_setr_epi16(0, 0, 0, 0, 16, 16, 16, 16));
-  Scales s;
+  Scales s[Rows];
   for (int64_t begin = 0; begin < count; begin += kMostBlocks) {
     const int64_t n = count - begin < kMostBlocks ? count - begin : kMostBlocks;
-    read_scales<Zeros>(w, row, (first + begin) * Parts, n * Parts, &s);
-    for (int64_t b = 0; b < n; ++b, codes += int4::kBlockBytes) {
-      __builtin_prefetch(codes + ahead);
-      const auto table = [&](int part) {
-        return (Zeros ? base.minus(s.zero[Parts * b + part]) : base).times(s.scale[Parts * b + part]).v;
-      };
-      const auto two_tables = [&](int part0, int part1) {
-        return (__m512i)_mm512_cvtne2ps_pbh(table(part1), table(part0));
-      };
-      const __m512i low = two_tables(0, Parts == 1 ? 0 : 1), high = Parts == 4 ? two_tables(2, 3) : low;
-      const __m512i v = _mm512_loadu_si512(codes);
+    for (int r = 0; r < Rows; ++r) {
+      read_scales<Zeros>(w, row + r < last ? row + r : last, (first + begin) * Parts, n * Parts, s + r);
+    }
+    for (int64_t b = 0; b < n; ++b) {
+      const int64_t at = (first + begin + b) * int4::kBlockBytes;
+      __m512i low[Rows], high[Rows];
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        __builtin_prefetch(codes[r] + at + ahead);
+        const auto table = [&](int part) {
+          return (Zeros ? base.minus(s[r].zero[Parts * b + part]) : base).times(s[r].scale[Parts * b + part]).v;
+        };
+        const auto two = [&](int part0, int part1) { return (__m512i)_mm512_cvtne2ps_pbh(table(part1), table(part0)); };
+        if constexpr (Parts == 1) {
+          const __m512 one = table(0);
+          low[r] = (__m512i)_mm512_cvtne2ps_pbh(one, one);
+        } else {
+          low[r] = two(0, 1);
+          if constexpr (Parts == 4) high[r] = two(2, 3);
+        }
+      }
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
-        __m512i index = _mm512_srli_epi16(v, 4 * j);
-        if constexpr (Parts > 1) index = _mm512_ternarylogic_epi32(index, code, of_part, 0xea);  // index & code | part
-        put(begin + b, j,
-            Parts == 4 ? _mm512_permutex2var_epi16(low, index, high) : _mm512_permutexvar_epi16(index, low));
+        __m512i pairs[Rows];
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) {
+          __m512i index = _mm512_srli_epi16(_mm512_loadu_si512(codes[r] + at), 4 * j);
+          if constexpr (Parts > 1)
+            index = _mm512_ternarylogic_epi32(index, code, of_part, 0xea);  // index & code | part
+          pairs[r] =
+              Parts == 4 ? _mm512_permutex2var_epi16(low[r], index, high[r]) : _mm512_permutexvar_epi16(index, low[r]);
+        }
+        put(begin + b, j, pairs);
       }
     }
   }

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// On a CPU, W is decoded piece by piece into caches, in one of two ways. Few rows of x: four rows of W at a time, sums of
-// neighbouring columns in the lanes of a register. More rows: as many rows of W as fit the second-level cache, times
-// panels whose lanes are rows of x. The backward decodes 128 columns of W at a time, with columns in the lanes.
-// Every sum runs in an order that depends on the shape of W and the way alone, so a row of x has the same bits whatever
-// other rows there are (up to kFewRows, or more) and however many threads work.
+// On a CPU, W is decoded piece by piece into caches and multiplied there, in one of three ways. Few rows of x: sums of
+// neighbouring columns in the lanes of a register. Several: twelve rows of W at a time against a panel whose lanes are
+// rows of x. Many: as many rows of W as fit the second-level cache, against one panel after the other. The backward
+// decodes 128 columns of W at a time, with columns in the lanes.
+//
+// Every sum runs in an order that depends on the shape of W alone, and on whether rows of x are few: so a row has the
+// same bits whatever other rows there are, up to kFewRows of them or more, and however many threads work.
 #include <algorithm>
 
 #include "core/arena.h"
@@ -66,9 +68,9 @@ struct Shape {
     lanes = fused_kernels().lanes;
     panels = (m + lanes - 1) / lanes;
     row_words = steps + 16;  // a cache line more, so that rows do not fight for the same places
-    block_rows = std::clamp<int64_t>(kDecodedBytes / (4 * row_words + 1) / 48 * 48, 12, kMaxBlock);
+    block_rows = std::clamp<int64_t>(kDecodedBytes / (4 * row_words) / 48 * 48, 12, kMaxBlock);
   }
-  bool few() const { return m <= kFewRows; }
+  bool few() const { return m <= (pairs ? 64 : kFewRows); }
   int64_t row_blocks() const { return (n + block_rows - 1) / block_rows; }
   int64_t tiles() const { return (m + kBackwardSums - 1) / kBackwardSums * blocks; }
 };
@@ -126,18 +128,37 @@ int64_t row_bytes(const Tensor& t) { return t.stride(0) * itemsize(t.dtype); }
 
 // ---- on a CPU ----------------------------------------------------------------------------------------------------------
 
+// f(begin, end): rows of W, kStep of them at most.
+template <class F>
+void for_steps(int64_t n, F&& f) {
+  parallel_for((n + kStep - 1) / kStep, 1, [&](int64_t first, int64_t last) {
+    for (int64_t begin = first * kStep; begin < std::min(last * kStep, n); begin += kStep) {
+      f(begin, std::min(begin + kStep, n));
+    }
+  });
+}
+
+void pack_panels(const Shape& s, const Tensor& x, uint32_t* out) {
+  parallel_for(s.panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      int4_kernels().pack_across(x.dtype, s.pairs, x.row(p * s.lanes), row_bytes(x),
+                                 std::min(s.m - p * s.lanes, s.lanes), s.k, s.lanes, out + p * s.steps * s.lanes);
+    }
+  });
+}
+
 void few_rows(const Shape& s, const Tensor& x, const Int4Rows& w, const Tensor& bias, uint32_t* words,
               const Tensor& out) {
   const Int4Kernels& kernels = int4_kernels();
-  for (int64_t i = 0; i < s.m; ++i) kernels.pack(x.dtype, s.pairs, x.row(i), s.k, i, s.m, words);
-  parallel_for((s.n + kFewStep - 1) / kFewStep, 1, [&](int64_t first, int64_t last) {
-    for (int64_t begin = first * kFewStep; begin < std::min(last * kFewStep, s.n); begin += kFewStep) {
-      const int64_t end = std::min(begin + kFewStep, s.n);
-      alignas(64) float y[kFewRows * kFewStep];
-      kernels.few(s.pairs, w, begin, end, words, s.m, y);
-      for (int64_t i = 0; i < s.m; ++i) {
-        kernels.finish(y + i * kFewStep, end - begin, out.dtype, bias_at(bias, begin),
-                       out.row(i) + begin * itemsize(out.dtype));
+  for (int64_t i = 0; i < s.m; ++i) kernels.pack(x.dtype, s.pairs, x.row(i), s.k, words + i * s.steps);
+  for_steps(s.n, [&](int64_t begin, int64_t end) {
+    for (int64_t first = 0; first < s.m; first += kFewRows) {
+      const int64_t rows = std::min<int64_t>(kFewRows, s.m - first);
+      alignas(64) float y[kFewRows * kStep];
+      kernels.few(s.pairs, w, begin, end, words + first * s.steps, rows, y);
+      for (int64_t i = 0; i < rows; ++i) {
+        kernels.finish(y + i * kStep, end - begin, out.dtype, bias_at(bias, begin),
+                       out.row(first + i) + begin * itemsize(out.dtype));
       }
     }
   });
@@ -146,25 +167,18 @@ void few_rows(const Shape& s, const Tensor& x, const Int4Rows& w, const Tensor& 
 void many_rows(const Shape& s, const Tensor& x, const Int4Rows& w, const Tensor& bias, const ForwardSpace& space,
                int64_t slots, const Tensor& out) {
   const Int4Kernels& kernels = int4_kernels();
-  const auto rows_in = [&](int64_t panel) { return std::min(s.m - panel * s.lanes, s.lanes); };
-  const auto step_of = [&](int64_t panel) { return (rows_in(panel) + 15) / 16 * 16; };
-  parallel_for(s.panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      kernels.pack_across(x.dtype, s.pairs, x.row(p * s.lanes), row_bytes(x), rows_in(p), s.k, step_of(p),
-                          space.x + p * s.steps * s.lanes);
-    }
-  });
+  pack_panels(s, x, space.x);
   for_slots(slots, s.row_blocks(), [&](int64_t slot, int64_t first, int64_t last) {
     uint32_t* decoded = space.w + slot * s.block_rows * s.row_words;
     alignas(64) float sums[kMaxBlock * kMaxLanes];
     for (int64_t begin = first * s.block_rows; begin < std::min(last * s.block_rows, s.n); begin += s.block_rows) {
       const int64_t rows = std::min(s.block_rows, s.n - begin);
-      for (int64_t r = 0; r < rows; ++r)
-        kernels.decode(s.pairs, w, begin + r, rows * w.codes_row, decoded + r * s.row_words);
+      for (int64_t r = 0; r < rows; ++r) kernels.decode(s.pairs, w, begin + r, decoded + r * s.row_words);
       for (int64_t p = 0; p < s.panels; ++p) {
-        fused_kernels().multiply(s.pairs, decoded, s.row_words, 1, rows, space.x + p * s.steps * s.lanes, step_of(p),
-                                 s.steps, rows_in(p), sums, s.lanes, false);
-        kernels.finish_across(sums, rows, rows_in(p), out.dtype, bias_at(bias, begin),
+        const int64_t used = std::min(s.m - p * s.lanes, s.lanes);
+        fused_kernels().multiply(s.pairs, decoded, s.row_words, 1, rows, space.x + p * s.steps * s.lanes, s.steps, used,
+                                 sums, s.lanes, false);
+        kernels.finish_across(sums, s.lanes, rows, used, out.dtype, bias_at(bias, begin),
                               out.row(p * s.lanes) + begin * itemsize(out.dtype), row_bytes(out));
       }
     }
@@ -176,7 +190,8 @@ void backward(const Shape& s, const Tensor& grad, const Int4Rows& w, const Backw
   const Int4Kernels& kernels = int4_kernels();
   const uint32_t* words = direct ? grad.ptr<uint32_t>() : space.grad;
   const int64_t grad_row = direct ? row_bytes(grad) / 4 : BackwardSpace::grad_words(s);
-  const int64_t rows_of_step = s.pairs ? 2 : 1, panel_steps = kBackwardRows / rows_of_step;
+  const int64_t lanes = fused_kernels().lanes, rows_of_step = s.pairs ? 2 : 1,
+                panel_steps = kBackwardRows / rows_of_step;
   if (!direct) {
     parallel_for(s.m, 16, [&](int64_t begin, int64_t end) {
       fused_kernels().pack_rows(grad.dtype, s.pairs, grad.row(begin), row_bytes(grad), nullptr, end - begin, s.n,
@@ -193,9 +208,9 @@ void backward(const Shape& s, const Tensor& grad, const Int4Rows& w, const Backw
       for (int64_t begin = 0; begin < s.n; begin += kBackwardRows) {
         const int64_t count = std::min(kBackwardRows, s.n - begin), steps = (count + rows_of_step - 1) / rows_of_step;
         kernels.decode_along(s.pairs, w, begin, count, block, panel_steps, decoded);
-        for (int64_t c = 0; c < columns; c += s.lanes) {
+        for (int64_t c = 0; c < columns; c += lanes) {
           fused_kernels().multiply(s.pairs, words + top * grad_row + begin / rows_of_step, grad_row, 1, rows,
-                                   decoded + c * panel_steps, s.lanes, steps, std::min(s.lanes, columns - c), sums + c,
+                                   decoded + c * panel_steps, steps, std::min(lanes, columns - c), sums + c,
                                    int4::kBlock, begin > 0);
         }
       }
@@ -244,7 +259,8 @@ void int4_gemm(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor table
   const Int4Rows w = rows_of(codes, scales, zeros, table, k, group_size);
   const Shape s(m, n, k, x.dtype);
   const auto [space, slots] = take_space<ForwardSpace>(workspace, x, s, s.row_blocks());
-  s.few() ? few_rows(s, x, w, bias, space.x, out) : many_rows(s, x, w, bias, space, slots, out);
+  if (s.few()) return few_rows(s, x, w, bias, space.x, out);
+  many_rows(s, x, w, bias, space, slots, out);
 }
 
 void int4_gemm_backward(Tensor grad, Tensor codes, Tensor scales, Tensor zeros, Tensor table, int64_t group_size,

@@ -41,8 +41,8 @@ void decode_blocks(const Int4Rows& w, int64_t row, int64_t first, int64_t count,
   with_format(w, [&]<int Parts, bool Zeros>() {
 #if defined(__AVX512BF16__)
     if constexpr (Pairs) {
-      decode_pairs<Parts, Zeros>(w, row, first, count, ahead, [&](int64_t b, int j, __m512i pairs) {
-        _mm512_storeu_si512(out + b * kSteps<true> + 16 * j, pairs);
+      decode_pairs<Parts, Zeros, 1>(w, row, row, first, count, ahead, [&](int64_t b, int j, const __m512i* pairs) {
+        _mm512_storeu_si512(out + b * kSteps<true> + 16 * j, *pairs);
       });
       return;
     }
@@ -53,8 +53,8 @@ void decode_blocks(const Int4Rows& w, int64_t row, int64_t first, int64_t count,
   });
 }
 
-void decode(bool pairs, const Int4Rows& w, int64_t row, int64_t ahead, uint32_t* out) {
-  with_pairs(pairs, [&]<bool Pairs>() { decode_blocks<Pairs>(w, row, 0, blocks_of(w.k), ahead, out); });
+void decode(bool pairs, const Int4Rows& w, int64_t row, uint32_t* out) {
+  with_pairs(pairs, [&]<bool Pairs>() { decode_blocks<Pairs>(w, row, 0, blocks_of(w.k), kAhead, out); });
 }
 
 // A block in stored order -> in the order of its columns.
@@ -110,14 +110,11 @@ void decode_along(bool pairs, const Int4Rows& w, int64_t row, int64_t count, int
     with_format(w, [&]<int Parts, bool Zeros>() {
       for (int64_t r = 0; r < count; r += 2) {
         __m512i first[4], second[4];
-        decode_pairs<Parts, Zeros>(w, row + r, block, 1, kRowsAhead * w.codes_row,
-                                   [&](int64_t, int j, __m512i x) { first[j] = x; });
-        if (r + 1 < count) {
-          decode_pairs<Parts, Zeros>(w, row + r + 1, block, 1, kRowsAhead * w.codes_row,
-                                     [&](int64_t, int j, __m512i x) { second[j] = x; });
-        } else {
-          for (__m512i& x : second) x = _mm512_setzero_si512();
-        }
+        decode_pairs<Parts, Zeros, 2>(w, row + r, row + count - 1, block, 1, kRowsAhead * w.codes_row,
+                                      [&](int64_t, int j, const __m512i* pairs) {
+                                        first[j] = pairs[0];
+                                        second[j] = r + 1 < count ? pairs[1] : _mm512_setzero_si512();
+                                      });
         for (int j = 0; j < 4; ++j) {
           for (int half = 0; half < 2; ++half) {
             const __m512i two = _mm512_permutex2var_epi16(first[j], index[half], second[j]);
@@ -171,18 +168,12 @@ void visit_words(DType dtype, bool pairs, F&& f) {
 template <bool Pairs>
 constexpr const uint8_t* kStepOf = Pairs ? kStored.of_pair : kStored.of_column;
 
-// Few rows come a chunk of their columns at a time, so that chunks of W and x, 8 or 16 KB each, stay in the first-level
-// cache and lie there side by side.
-constexpr int64_t kFewBlocks = 8;
-
-void pack(DType dtype, bool pairs, const void* src, int64_t k, int64_t row, int64_t rows, uint32_t* out) {
-  const int64_t blocks = blocks_of(k);
+void pack(DType dtype, bool pairs, const void* src, int64_t k, uint32_t* out) {
   visit_words(dtype, pairs, [&]<class T, bool Pairs>() {
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t chunk = b / kFewBlocks * kFewBlocks, n = blocks - chunk < kFewBlocks ? blocks - chunk : kFewBlocks;
-      uint32_t words[kBlock], *to = out + (chunk * rows + row * n + (b - chunk)) * kSteps<Pairs>;
+    for (int64_t b = 0; b * kBlock < k; ++b, out += kSteps<Pairs>) {
+      uint32_t words[kBlock];
       words_of<T, Pairs>(static_cast<const T*>(src), k, b, words);
-      for (int d = 0; d < kSteps<Pairs>; ++d) to[kStepOf<Pairs>[d]] = words[d];
+      for (int d = 0; d < kSteps<Pairs>; ++d) out[kStepOf<Pairs>[d]] = words[d];
     }
   });
 }
@@ -230,11 +221,11 @@ inline void put_words(void* to, const Register& words) {
   __builtin_memcpy(to, &words, 64);
 }
 
-void pack_across(DType dtype, bool pairs, const char* src, int64_t row_bytes, int64_t count, int64_t k,
-                 int64_t out_step, uint32_t* out) {
+void pack_across(DType dtype, bool pairs, const char* src, int64_t row_bytes, int64_t count, int64_t k, int64_t lanes,
+                 uint32_t* out) {
   visit_words(dtype, pairs, [&]<class T, bool Pairs>() {
-    for (int64_t b = 0; b * kBlock < k; ++b, out += kSteps<Pairs> * out_step) {
-      for (int64_t lane = 0; lane < out_step; lane += 16) {
+    for (int64_t b = 0; b * kBlock < k; ++b, out += kSteps<Pairs> * lanes) {
+      for (int64_t lane = 0; lane < lanes; lane += 16) {
         alignas(64) uint32_t words[16][kSteps<Pairs>];
         for (int64_t i = 0; i < 16; ++i) {
           if (lane + i < count) {
@@ -245,7 +236,7 @@ void pack_across(DType dtype, bool pairs, const char* src, int64_t row_bytes, in
         }
         for (int d = 0; d < kSteps<Pairs>; d += 16) {
           transpose(words[0] + d, kSteps<Pairs>, [&](int column, const auto& across) {
-            put_words(out + kStepOf<Pairs>[d + column] * out_step + lane, across);
+            put_words(out + kStepOf<Pairs>[d + column] * lanes + lane, across);
           });
         }
       }
@@ -255,105 +246,62 @@ void pack_across(DType dtype, bool pairs, const char* src, int64_t row_bytes, in
 
 // ---- few rows of x ---------------------------------------------------------------------------------------------------
 
-constexpr int kFewW = 4;  // rows of W decoded side by side
-
-template <bool Pairs>
-inline F32 multiply_add(const uint32_t* w, F32 x, F32 sum) {
-#if defined(__AVX512BF16__)
-  if constexpr (Pairs) {
-    return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_castps_si512(x.v))};
-  }
-#endif
-  return fma(load(reinterpret_cast<const float*>(w)), x, sum);
-}
-
-// sums [M][kFewW] += rows of x times rows of W, over `steps` words.
+// So many rows of W at once that their sums fit the registers and each word of x is of use to several.
 template <bool Pairs, int M>
-inline void add_products(const uint32_t* w, int64_t w_row, const uint32_t* x, int64_t x_row, int64_t steps, F32* sums) {
-  F32 s[M][kFewW];
-  for (int i = 0; i < M; ++i) {
-    for (int r = 0; r < kFewW; ++r) s[i][r] = sums[i * kFewW + r];
-  }
-  for (int64_t k = 0; k < steps; k += kWidth) {
-#pragma GCC unroll 4
-    for (int i = 0; i < M; ++i) {
-      const F32 words = load(reinterpret_cast<const float*>(x + i * x_row + k));
-#pragma GCC unroll 4
-      for (int r = 0; r < kFewW; ++r) s[i][r] = multiply_add<Pairs>(w + r * w_row + k, words, s[i][r]);
-    }
-  }
-  for (int i = 0; i < M; ++i) {
-    for (int r = 0; r < kFewW; ++r) sums[i * kFewW + r] = s[i][r];
-  }
-}
+constexpr int kFewW = !Pairs   ? 1
+                      : M <= 5 ? 4
+                               : 3;
 
-template <bool Pairs>
-void few_of(const Int4Rows& w, int64_t begin, int64_t end, const uint32_t* x, int64_t m, float* y) {
-  constexpr int64_t w_row = kFewBlocks * kSteps<Pairs> + 16;
-  const int64_t blocks = blocks_of(w.k);
-  alignas(64) uint32_t words[kFewW * w_row];
-  F32 sums[kFewRows * kFewW];
-  for (int64_t row = begin; row < end; row += kFewW) {
-    for (F32& s : sums) s = broadcast(0.0f);
-    for (int64_t b = 0; b < blocks; b += kFewBlocks) {
-      const int64_t n = blocks - b < kFewBlocks ? blocks - b : kFewBlocks, steps = n * kSteps<Pairs>;
-      for (int r = 0; r < kFewW; ++r) {  // the last row again where there is none, unused
-        decode_blocks<Pairs>(w, row + r < end ? row + r : end - 1, b, n, kFewW * w.codes_row, words + r * w_row);
-      }
-      for (int64_t i = 0; i < m; i += kFewX) {
-        const uint32_t* xi = x + b * kSteps<Pairs> * m + i * steps;
-        F32* si = sums + i * kFewW;
-        switch (m - i) {
-          case 1: add_products<Pairs, 1>(words, w_row, xi, steps, steps, si); break;
-          case 2: add_products<Pairs, 2>(words, w_row, xi, steps, steps, si); break;
-          case 3: add_products < Pairs, kFewX<3 ? kFewX : 3>(words, w_row, xi, steps, steps, si); break;
-          default: add_products<Pairs, kFewX>(words, w_row, xi, steps, steps, si);
-        }
-      }
-    }
-    for (int64_t i = 0; i < m; ++i) {
-      for (int64_t r = 0; r < kFewW && row + r < end; ++r) {
-        y[i * kFewStep + row - begin + r] = sum(sums[i * kFewW + r]);
-      }
-    }
-  }
-}
-
-#if defined(__AVX512BF16__)
-
-// One or two rows of x: weights go from the table straight into products.
-template <int M>
-void few_pairs(const Int4Rows& w, int64_t begin, int64_t end, const uint32_t* x, float* y) {
-  const int64_t blocks = blocks_of(w.k);
+template <bool Pairs, int M>
+void few_of(const Int4Rows& w, int64_t begin, int64_t end, const uint32_t* x, float* y) {
+  constexpr int R = kFewW<Pairs, M>;
+  const int64_t blocks = blocks_of(w.k), x_row = blocks * kSteps<Pairs>;
   with_format(w, [&]<int Parts, bool Zeros>() {
-    for (int64_t row = begin; row < end; ++row) {
-      F32 sums[M][4];
-      for (auto& s : sums) {
-        for (F32& t : s) t = broadcast(0.0f);
+    for (int64_t row = begin; row < end; row += R) {
+      F32 sums[R][M];
+      for (int r = 0; r < R; ++r) {
+        for (int i = 0; i < M; ++i) sums[r][i] = broadcast(0.0f);
       }
-      decode_pairs<Parts, Zeros>(w, row, 0, blocks, kAhead, [&](int64_t b, int j, __m512i pairs) {
-        const int64_t chunk = b / kFewBlocks * kFewBlocks,
-                      n = blocks - chunk < kFewBlocks ? blocks - chunk : kFewBlocks;
-        for (int i = 0; i < M; ++i) {
-          const uint32_t* xi = x + (chunk * M + i * n + (b - chunk)) * kSteps<true> + 16 * j;
-          sums[i][j].v = _mm512_dpbf16_ps(sums[i][j].v, (__m512bh)pairs, (__m512bh)_mm512_loadu_si512(xi));
-        }
-      });
+      if constexpr (Pairs) {
+#if defined(__AVX512BF16__)
+        decode_pairs<Parts, Zeros, R>(
+            w, row, end - 1, 0, blocks, R * w.codes_row, [&](int64_t b, int j, const __m512i* pairs) {
+#pragma GCC unroll 8
+              for (int i = 0; i < M; ++i) {
+                const __m512bh words = (__m512bh)_mm512_loadu_si512(x + i * x_row + b * kSteps<true> + 16 * j);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) sums[r][i].v = _mm512_dpbf16_ps(sums[r][i].v, (__m512bh)pairs[r], words);
+              }
+            });
+#endif
+      } else {
+        decode_floats<Parts, Zeros>(w, row, 0, blocks, kAhead, [&](int64_t b, int nibble, int word, F32 value) {
+          for (int i = 0; i < M; ++i) {
+            const float* words = reinterpret_cast<const float*>(x + i * x_row + b * kSteps<false> + 16 * nibble + word);
+            sums[0][i] = fma(value, load(words), sums[0][i]);
+          }
+        });
+      }
       for (int i = 0; i < M; ++i) {
-        y[i * kFewStep + row - begin] = sum((sums[i][0] + sums[i][1]) + (sums[i][2] + sums[i][3]));
+        for (int r = 0; r < R && row + r < end; ++r) y[i * kStep + row - begin + r] = sum(sums[r][i]);
       }
     }
   });
 }
 
-#endif
-
 void few(bool pairs, const Int4Rows& w, int64_t begin, int64_t end, const uint32_t* x, int64_t m, float* y) {
-#if defined(__AVX512BF16__)
-  if (pairs && m == 1) return few_pairs<1>(w, begin, end, x, y);
-  if (pairs && m == 2) return few_pairs<2>(w, begin, end, x, y);
-#endif
-  with_pairs(pairs, [&]<bool Pairs>() { few_of<Pairs>(w, begin, end, x, m, y); });
+  with_pairs(pairs, [&]<bool Pairs>() {
+    switch (m) {
+      case 1: return few_of<Pairs, 1>(w, begin, end, x, y);
+      case 2: return few_of<Pairs, 2>(w, begin, end, x, y);
+      case 3: return few_of<Pairs, 3>(w, begin, end, x, y);
+      case 4: return few_of<Pairs, 4>(w, begin, end, x, y);
+      case 5: return few_of<Pairs, 5>(w, begin, end, x, y);
+      case 6: return few_of<Pairs, 6>(w, begin, end, x, y);
+      case 7: return few_of<Pairs, 7>(w, begin, end, x, y);
+      default: return few_of<Pairs, 8>(w, begin, end, x, y);
+    }
+  });
 }
 
 // ---- results ---------------------------------------------------------------------------------------------------------
@@ -371,7 +319,8 @@ void finish(const float* y, int64_t n, DType dtype, const void* bias, void* out)
   visit_float(dtype, [&]<class T>(T) { finish_row(y, n, static_cast<const T*>(bias), static_cast<T*>(out)); });
 }
 
-void finish_across(const float* c, int64_t n, int64_t used, DType dtype, const void* bias, char* out, int64_t out_row) {
+void finish_across(const float* c, int64_t lanes, int64_t n, int64_t used, DType dtype, const void* bias, char* out,
+                   int64_t out_row) {
   visit_float(dtype, [&]<class T>(T) {
     for (int64_t j = 0; j < n; j += 16) {
       const int64_t columns = n - j < 16 ? n - j : 16;
@@ -379,10 +328,10 @@ void finish_across(const float* c, int64_t n, int64_t used, DType dtype, const v
         alignas(64) float tile[16][16];
         if (columns < 16) {
           for (int64_t i = 0; i < 16; ++i) {
-            for (int64_t r = 0; r < columns; ++r) tile[i][r] = c[(j + r) * kLanes + lane + i];
+            for (int64_t r = 0; r < columns; ++r) tile[i][r] = c[(j + r) * lanes + lane + i];
           }
         } else {
-          transpose(reinterpret_cast<const uint32_t*>(c) + j * kLanes + lane, kLanes,
+          transpose(reinterpret_cast<const uint32_t*>(c) + j * lanes + lane, lanes,
                     [&](int i, const auto& row) { put_words(tile[i], row); });
         }
         for (int64_t i = 0; i < 16 && lane + i < used; ++i) {

@@ -22,34 +22,33 @@ struct Int4Rows {
   int64_t n, k, group_size;
 };
 
-constexpr int kFewRows = 8;   // of x, at most, that `few` takes
-constexpr int kFewStep = 64;  // rows of W at a time
+constexpr int kFewRows = 8;  // of x, at most, that `few` takes at a time
+constexpr int kStep = 48;    // rows of W
 
 // A word is a float32, or two bfloat16 that are neighbours along K (pairs). Blocks of 128 columns are whole: words of
 // columns that do not exist are zero in x and finite in W. "Stored order": see int4_decode.h.
 struct Int4Kernels {
-  // A row of W in stored order. `ahead`: bytes to what will be read when it has been made use of.
-  void (*decode)(bool pairs, const Int4Rows& w, int64_t row, int64_t ahead, uint32_t* out);
+  // A row of W in stored order.
+  void (*decode)(bool pairs, const Int4Rows& w, int64_t row, uint32_t* out);
   // Rows [row, row + count) of W in one block of columns, as panels whose lanes are columns in their own order and whose
   // steps are rows (or pairs of rows), panel_steps of room for each.
   void (*decode_along)(bool pairs, const Int4Rows& w, int64_t row, int64_t count, int64_t block, int64_t panel_steps,
                        uint32_t* out);
   void (*dequantize)(const Int4Rows& w, int64_t row, DType dtype, void* out);
 
-  // Row `row` of few rows of x, in the order of `few`; or up to `lanes` rows as a panel whose steps are in stored order,
-  // out_step words apart.
-  void (*pack)(DType dtype, bool pairs, const void* src, int64_t k, int64_t row, int64_t rows, uint32_t* out);
+  // A row of x in stored order, or `count` rows as a panel of so many lanes, a multiple of 16.
+  void (*pack)(DType dtype, bool pairs, const void* src, int64_t k, uint32_t* out);
   void (*pack_across)(DType dtype, bool pairs, const char* src, int64_t row_bytes, int64_t count, int64_t k,
-                      int64_t out_step, uint32_t* out);
+                      int64_t lanes, uint32_t* out);
 
-  // y [m][kFewStep] = rows of x, packed, times rows [begin, end) of W; at most kFewRows and kFewStep of them.
+  // y [m][kStep] = rows of x, in stored order, times rows [begin, end) of W; at most kFewRows and kStep of them.
   void (*few)(bool pairs, const Int4Rows& w, int64_t begin, int64_t end, const uint32_t* x, int64_t m, float* y);
 
   // n sums and bias? of `dtype` -> dtype.
   void (*finish)(const float* y, int64_t n, DType dtype, const void* bias, void* out);
   // c [n][lanes] -> `used` rows of n.
-  void (*finish_across)(const float* c, int64_t n, int64_t used, DType dtype, const void* bias, char* out,
-                        int64_t out_row);
+  void (*finish_across)(const float* c, int64_t lanes, int64_t n, int64_t used, DType dtype, const void* bias,
+                        char* out, int64_t out_row);
 };
 
 FP_DECLARE_SIMD(Int4Kernels, int4_kernels)

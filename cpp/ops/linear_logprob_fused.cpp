@@ -296,8 +296,8 @@ void linear_logprob_fused(Tensor hidden, Tensor weight, Tensor bias, Tensor targ
           for (int64_t p = 0; p < s.panels; ++p) {
             const int64_t first = p * s.lanes;
             const int64_t used = s.rows_in_panel(p);
-            k.multiply(s.pairs, w.words, w.row, 1, vb, space.x + p * s.steps * s.lanes, s.lanes, s.steps, used, z,
-                       s.lanes, false);
+            k.multiply(s.pairs, w.words, w.row, 1, vb, space.x + p * s.steps * s.lanes, s.steps, used, z, s.lanes,
+                       false);
             const bool keeps = first < keep.n;
             k.statistics(z, vb, used, block_biases, transform, with_entropy, of_block, keep.dtype,
                          keeps ? keep.tile(s, b, p) : nullptr);
@@ -444,8 +444,8 @@ void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Te
             k.derivative_of_kept(keep.dtype, keep.tile(s, b, place ? 0 : p), place ? offset : nullptr,
                                  place ? maxima : keep.maximum(b, first), vb, used, transform, grad, z);
           } else {
-            k.multiply(s.pairs, w.words, w.row, 1, vb, space.x_across + p * s.steps * s.lanes, s.lanes, s.steps, used,
-                       z, s.lanes, false);
+            k.multiply(s.pairs, w.words, w.row, 1, vb, space.x_across + p * s.steps * s.lanes, s.steps, used, z,
+                       s.lanes, false);
             for (int i = 0; i < found; ++i) {
               targets[i].raw = z[targets[i].row * s.lanes + targets[i].lane];
               if (block_biases) targets[i].raw += block_biases[targets[i].row];
@@ -478,8 +478,8 @@ void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Te
               if (skipped(b, from)) continue;
               const int64_t steps = s.row_steps / s.panels, begin = from * steps, end = std::min(to * steps, real);
               k.multiply(s.pairs, by_row + begin, s.row_words, 1, vb,
-                         space.x_along + (p * s.row_steps + begin) * s.lanes, s.lanes, end - begin,
-                         s.columns_in_panel(p), z, s.lanes, add);
+                         space.x_along + (p * s.row_steps + begin) * s.lanes, end - begin, s.columns_in_panel(p), z,
+                         s.lanes, add);
               add = true;
             }
             if (!add) std::memset(z, 0, vb * s.lanes * sizeof(float));
@@ -507,9 +507,8 @@ void linear_logprob_fused_backward(Tensor hidden, Tensor weight, Tensor bias, Te
           s.pairs ? space.by_pair + slot * BackwardSpace::pair_words(s) : space.by_row + slot * s.block * s.row_words;
       const uint32_t* w = space.along + slot * BackwardSpace::along_words(s);
       for (int64_t p = 0; p < s.d_panels; ++p) {
-        k.multiply(s.pairs, a + first, 1, s.pairs ? s.pair_words : s.row_words, count, w + p * steps * s.lanes, s.lanes,
-                   steps, s.columns_in_panel(p), space.grad_hidden + first * s.padded_d + p * s.lanes, s.padded_d,
-                   true);
+        k.multiply(s.pairs, a + first, 1, s.pairs ? s.pair_words : s.row_words, count, w + p * steps * s.lanes, steps,
+                   s.columns_in_panel(p), space.grad_hidden + first * s.padded_d + p * s.lanes, s.padded_d, true);
       }
     };
     if (skips) {

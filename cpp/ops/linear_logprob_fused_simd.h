@@ -24,10 +24,9 @@ struct FusedKernels {
   int lanes;
   bool pairs;  // whether pairs are supported
 
-  // c[r][lane] (+)= Σ_k a(r, k)·b(k, lane) for any number of rows; a(r, k) = a[r·a_row + k·a_step], b(k, lane) =
-  // b[k·b_step + lane].
+  // c[r][lane] (+)= Σ_k a(r, k)·b[k][lane] for any number of rows; a(r, k) = a[r·a_row + k·a_step].
   void (*multiply)(bool pairs, const uint32_t* a, int64_t a_row, int64_t a_step, int64_t rows, const uint32_t* b,
-                   int64_t b_step, int64_t steps, int64_t used, float* c, int64_t c_row, bool add);
+                   int64_t steps, int64_t used, float* c, int64_t c_row, bool add);
 
   // Rows src + index[i]·row_bytes of d elements (index null: i itself) as words. `across` makes panels whose lanes are
   // rows and whose steps go along d; `along` makes panels whose lanes go along d and whose steps are rows (or pairs of
