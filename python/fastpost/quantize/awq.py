@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AWQ: columns that see large activations are enlarged before rounding, and outliers of a group are cut where it pays."""
+"""AWQ: columns that see large activations are enlarged before rounding, and a group's outliers are cut if it pays."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def search_scale(
 
 
 def search_clip(weight: torch.Tensor, x: torch.Tensor, grid: Grid, group_size: int) -> torch.Tensor:
-    """W [N, K] with each group cut to ±m, for the m among max|w| · (1, 0.95, ... 0.55) that changes the group's share of
-    the outputs of x [T, K] least once it is rounded."""
+    """W [N, K] with each group cut to ±m, for the m among max|w| · (1, 0.95, ... 0.55) that changes the group's share
+    of the outputs of x [T, K] least once it is rounded."""
     weight = check_matrix("awq", weight)
     group_size = check_groups("awq", group_size, weight.shape[1])
     x = x.unflatten(1, (-1, group_size)).transpose(0, 1)  # [G, T, g]

@@ -58,10 +58,7 @@ class Blocks:
             )
         self.path, self.device, self.stored = place.base, torch.device(device), Stored(place.base)
         self.config = AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(
-                self.config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
-            ).eval()
+        self.model = _skeleton(self.config)
         self.model.requires_grad_(False)
         self.inner = self.model.base_model
         self.kind = type(self.model).__name__
@@ -77,8 +74,9 @@ class Blocks:
                 if entry is None or entry["shape"] != list(tensor.shape):
                     got = "none" if entry is None else entry["shape"]
                     raise ValueError(
-                        f"{path}: {self.kind}: expected a tensor {self.prefix}{i}.{name} of shape {list(tensor.shape)}, "
-                        f"got {got}. Models whose layers are fused or stacked on loading (experts) are not quantised here."
+                        f"{path}: {self.kind}: expected a tensor {self.prefix}{i}.{name} of shape "
+                        f"{list(tensor.shape)}, got {got}. Models whose layers are fused or stacked on loading "
+                        "(experts) are not quantised here."
                     )
             if not self.linears(layer):
                 raise ValueError(f"{path}: {self.kind}: expected linear layers in block {i}, found none.")
@@ -95,7 +93,7 @@ class Blocks:
         return [f"{self.prefix}{i}.{name}" for name in self.linears(self.layers[i])]
 
     def block(self, i: int, tensors: dict[str, torch.Tensor] | None = None) -> nn.Module:
-        """Block i in float32; its tensors come from `tensors` (by their names in the block), if given, else the folder."""
+        """Block i in float32, of `tensors` (by their names in the block) or, without them, of the folder's."""
         made = copy.deepcopy(self.layers[i])
         if any(True for _ in made.buffers()):
             raise ValueError(f"{self.path}: {self.kind}: its blocks hold buffers, which is not understood here.")
@@ -173,14 +171,31 @@ class Blocks:
         """A copy of a module outside the blocks, with its tensors in float32."""
         made = copy.deepcopy(module).to_empty(device=self.device)
         state = made.state_dict()
-        if any(key not in state for key, _ in made.named_buffers()):
-            raise ValueError(f"{self.path}: {self.kind}: {name} holds buffers that are not stored.")
+        for key, buffer in made.named_buffers():
+            if key not in state:
+                number = getattr(made, f"scalar_{key}", None)  # as Gemma's embedding notes its scale
+                if not isinstance(number, (int, float)):
+                    raise ValueError(f"{self.path}: {self.kind}: {name}.{key} is not stored, so it is not known here.")
+                buffer.fill_(number)
         keys = {key: f"{weight_from or name}.{key}" for key in state}
         for key in keys.values():
             if key not in self.stored:
                 raise ValueError(f"{self.path}: expected a tensor {key}, found none.{folder.FETCH}")
         made.load_state_dict({key: self.stored.get(full).float() for key, full in keys.items()})
         return made
+
+
+def _skeleton(config) -> nn.Module:
+    """The model without memory for weights; attention by torch's fused operator, where transformers lets it."""
+    for name in ("sdpa", "eager"):
+        try:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(
+                    config, dtype=torch.float32, attn_implementation=name, trust_remote_code=False
+                ).eval()
+        except ValueError:
+            if name == "eager":
+                raise
 
 
 class _WithHead:

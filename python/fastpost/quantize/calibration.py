@@ -16,8 +16,8 @@ ENOUGH = 8
 
 
 def documents(path: str | Path, tokenizer) -> Iterator[str]:
-    """The texts of a .txt file (one document) or of .jsonl, .json and .parquet rows with `text`, `messages` (through the
-    chat template), or `prompt` and `completion`.
+    """The texts of a .txt file (one document) or of .jsonl, .json and .parquet rows with `text`, `messages` (through
+    the chat template), or `prompt` and `completion`.
 
     Raises:
         ValueError: no such file, another kind of file, no text in it, or a row of another kind, with its line.
@@ -62,8 +62,8 @@ def documents(path: str | Path, tokenizer) -> Iterator[str]:
 
 def token_stream(path: str | Path, tokenizer, limit: int | None = None) -> torch.Tensor:
     """All tokens of a file, int64 [T], or the documents in which the first `limit` of them are. Documents are ended by
-    the tokenizer's EOS, if it has one and they do not end with it; BOS stands at the begin, if the tokenizer writes one.
-    """
+    the tokenizer's EOS, if it has one and they do not end with it; BOS stands at the begin, if the tokenizer writes
+    one."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     found = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
     several = Path(path).suffix not in TEXTS
@@ -84,7 +84,8 @@ def draw(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(calibration rows [R, length], the windows that are left [S, length], in a random order).
 
-    The stream is cut into windows that do not overlap, and `rows` of them are drawn; None: 128, or as many as there are.
+    The stream is cut into windows that do not overlap, and `rows` of them are drawn; None: `enough`, or as many as
+    there are.
 
     Raises:
         ValueError: not one window, or fewer than `rows`; sizes below 1 (length below 2).

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scales that are moved from a layer's inputs into its weight: ``(x / s) (W · s)ᵀ = x Wᵀ``, with 1/s put into what makes x."""
+"""Scales moved from a layer's inputs into its weight: ``(x / s) (W · s)ᵀ = x Wᵀ``, with 1/s put into what makes x."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ NEEDED = (
 
 
 def places(block: nn.Module, *, between: bool = True) -> list[Fold]:
-    """The folds of a Llama-like block. v to o is left out where their shapes differ: with fewer key-value heads than query
-    heads one value channel feeds several columns of o.
+    """The folds of a Llama-like block. v to o is left out where their shapes differ: with fewer key-value heads than
+    query heads one value channel feeds several columns of o.
 
     between: also v to o and up to down, which are no norms (AWQ has them, SmoothQuant does not).
 
@@ -43,8 +43,8 @@ def places(block: nn.Module, *, between: bool = True) -> list[Fold]:
     missing = [name for name in NEEDED if name not in modules]
     if missing:
         raise ValueError(
-            f"[quantize] {type(block).__name__}: expected a block like Llama's with {missing[0]}. This method moves scales "
-            "between layers that it must know; take gptq or rtn."
+            f"[quantize] {type(block).__name__}: expected a block like Llama's with {missing[0]}. This method moves "
+            "scales between layers that it must know; take gptq or rtn."
         )
     norm = "pre_feedforward_layernorm" if "pre_feedforward_layernorm" in modules else "post_attention_layernorm"
     q, k, v, o = (f"self_attn.{x}_proj" for x in "qkvo")
@@ -62,8 +62,8 @@ def places(block: nn.Module, *, between: bool = True) -> list[Fold]:
 def apply(block: nn.Module, fold: Fold, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Move `scale` [K] > 0 in place; returns the scale that was really moved.
 
-    A norm's weight will be stored in `dtype`. It is rounded here and now, and what the rounding changes goes to the layers
-    behind it, so that the product stays what it was."""
+    A norm's weight will be stored in `dtype`. It is rounded here and now, and what the rounding changes goes to the
+    layers behind it, so that the product stays what it was."""
     modules = dict(block.named_modules())
     previous = modules[fold.previous]
     if isinstance(previous, nn.Linear):
@@ -86,6 +86,6 @@ def check_unchanged(block: nn.Module, before: torch.Tensor, after: torch.Tensor,
     change = float((after - before).norm() / before.norm().clamp(min=1e-30))
     if not change < 1e-3:
         raise ValueError(
-            f"[{method}] {type(block).__name__}: moving scales into its norms changes its output (by {change:.1e}), so they "
-            "are not plain scales. Take gptq or rtn for this model."
+            f"[{method}] {type(block).__name__}: moving scales into its norms changes its output (by {change:.1e}), so "
+            "they are not plain scales. Take gptq or rtn for this model."
         )

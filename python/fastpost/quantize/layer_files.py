@@ -55,7 +55,7 @@ def write_layer(file: Path, layer: Layer) -> None:
 
 def read_layer(file: Path) -> Layer:
     with safe_open(file, "pt") as opened:
-        metadata, tensors = opened.metadata(), {key: opened.get_tensor(key) for key in opened.keys()}
+        metadata, tensors = opened.metadata(), {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     int4 = {}
     for name, facts in json.loads(metadata["int4"]).items():
         parts = {k.split(":")[2]: t for k, t in tensors.items() if k.startswith(f"int4:{name}:")}

@@ -25,7 +25,6 @@ def nf4(weight: torch.Tensor, group_size: int = 64, *, double_quant: bool = Fals
         ValueError: NaN or infinity, a group size that does not divide K or is no multiple of 32.
     """
     weight = check_matrix("nf4", weight)
-    check_groups("nf4", group_size, weight.shape[1])
+    columns = check_groups("nf4", group_size, weight.shape[1])
     int4 = int4_quantize(weight, group_size=group_size, scheme="nf4", double_quant=double_quant)
-    bits = 8 * int4.nbytes() / weight.numel()
-    return Quantized(int4.dequantize(), bits, 4, int4)
+    return Quantized(int4.dequantize(), 4 + ((8 + 32 / 256) if double_quant else 32) / columns, 4, int4)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder that comes out: shards written one after another, the other files as they were, and a note on what was done."""
+"""The folder that comes out: shards one after another, the other files as they were, and a note on what was done."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def expect_plain(path: Path) -> None:
     if note or found:
         method = note["method"] if note else (found.get("quant_method") if isinstance(found, dict) else found)
         raise ValueError(
-            f"{path}: expected a model in full precision, got one that is quantised already ({method}). Rounding twice only "
-            "loses: quantise the model that it was made from."
+            f"{path}: expected a model in full precision, got one that is quantised already ({method}). Rounding twice "
+            "only loses: quantise the model that it was made from."
         )
 
 

@@ -72,10 +72,11 @@ def quantize_model(
         facts: what else to put in the note.
 
     Raises:
-        ValueError: see expect_ready; NaN or infinity on the way. Nothing appears at `out` then.
+        ValueError: a model that is quantised already; see expect_ready; NaN or infinity on the way. Nothing appears at `out` then.
     """
     out = Path(out)
     folder.expect_new(out)
+    expect_plain(folder.locate(source).base)
     blocks = Blocks(source, device)
     expect_ready(blocks, how, rows)
     desk = _Desk(out, _identity(blocks, how, rows))
@@ -109,10 +110,9 @@ def expect_ready(blocks: Blocks, how: Settings, rows: torch.Tensor | None) -> No
     """Look for every mistake that can be seen before the work begins.
 
     Raises:
-        ValueError: a model that is quantised already or holds NaN or infinity, groups that do not divide a layer, no
-            calibration for a method that needs it, tokens that the model does not have, rows longer than it can read.
+        ValueError: NaN or infinity in the model, groups that do not divide a layer, no calibration for a method that needs
+            it, tokens that the model does not have, rows longer than it can read.
     """
-    expect_plain(blocks.path)
     if how.needs != "nothing" and (rows is None or not rows.numel()):
         raise ValueError(f"quantize: {how.method} needs calibration text, got none. Give --calibration FILE.")
     if how.needs == "block":
@@ -305,8 +305,8 @@ class _Desk:
             changed = [k for k in identity if identity[k] != before.get(k)]
             if changed:
                 raise ValueError(
-                    f"{self.path}: holds a run that was ended, with another {', '.join(changed)}. Call it again as it was "
-                    "to go on, or delete that folder, or choose another --out."
+                    f"{self.path}: holds a run that was ended, with another {', '.join(changed)}. Call it again as it "
+                    "was to go on, or delete that folder, or choose another --out."
                 )
         elif self.path.exists() and any(self.path.iterdir()):
             raise ValueError(f"{self.path}: is in the way and not from a run of this command. Choose another --out.")

@@ -21,7 +21,7 @@ def smooth_scale(largest_x: torch.Tensor, weights: list[torch.Tensor], alpha: fl
 
 
 def absmax_round(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Each row (last dimension) to the nearest of 2^bits - 1 values that are symmetric about 0, scale max|x| / (2^(b-1) - 1)."""
+    """Each row (last dimension) to the nearest of 2^b - 1 values about 0, ``scale = max|x| / (2^(b-1) - 1)``."""
     scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-5) / (2 ** (bits - 1) - 1)
     return (x / scale).round() * scale
 
