@@ -8,38 +8,47 @@ namespace {
 // ---- dequantise: four neighbouring threads write 64 bytes of a row side by side ----
 
 constexpr int kDequantizeThreads = 256, kQuadThreads = 4;
+constexpr int kDequantizeBlocks = 8, kDequantizeRows = kDequantizeThreads / kQuadThreads / kDequantizeBlocks;
 
-// Each quad takes one block of one row: thread j writes columns 32i + 8j to + 8 for i = 0 to 3.
+// Each quad takes one block of one row: thread j writes columns 32i + 8j to + 8 for i = 0 to 3. A warp has 8 blocks of a
+// row, which is 2 KB of it.
 template <class T>
 __global__ void __launch_bounds__(kDequantizeThreads)
-    dequantize_kernel(Int4Matrix w, int64_t blocks, T* out, int64_t out_stride) {
-  const int64_t quad = (static_cast<int64_t>(blockIdx.x) * kDequantizeThreads + threadIdx.x) / kQuadThreads;
-  const int64_t row = quad / blocks, block = quad % blocks;
-  if (row >= w.n) return;
-  const int j = threadIdx.x % kQuadThreads;
-  const auto* words = reinterpret_cast<const uint32_t*>(w.codes + row * w.codes_stride + block * int4::kBlockBytes);
+    dequantize_kernel(Int4Matrix w, int blocks, int tiles_across, T* out, int64_t out_stride) {
+  const int thread = static_cast<int>(threadIdx.x), quad = thread / kQuadThreads, j = thread % kQuadThreads;
+  const int tile = static_cast<int>(blockIdx.x);
+  const int block = tile % tiles_across * kDequantizeBlocks + quad % kDequantizeBlocks;
+  const int64_t row = static_cast<int64_t>(tile / tiles_across) * kDequantizeRows + quad / kDequantizeBlocks;
+  if (row >= w.n || block >= blocks) return;
+  const uint8_t* codes = w.codes + row * w.codes_stride + static_cast<int64_t>(block) * int4::kBlockBytes;
   Packed<uint32_t, 4> chunks[4];
   FP_UNROLL
-  for (int t = 0; t < 4; ++t) chunks[t] = reinterpret_cast<const Packed<uint32_t, 4>*>(words)[t];
+  for (int t = 0; t < 4; ++t) chunks[t] = *reinterpret_cast<const Packed<uint32_t, 4>*>(codes + 16 * t);
+  uint32_t scale_bits[4], zeros[4];
   FP_UNROLL
   for (int i = 0; i < 4; ++i) {
-    const int64_t column = block * int4::kBlock + 32 * i + 8 * j;
+    const int group = int4_group(w, 4 * block + i);
+    const int at = group < w.groups ? group : w.groups - 1;  // what a last block lacks
+    scale_bits[i] = int4_scale_bits(w, row, at);
+    zeros[i] = int4_zero(w, row, at);
+  }
+  FP_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int64_t column = int64_t{int4::kBlock} * block + 32 * i + 8 * j;
     if (column >= w.k) break;
-    const int group = static_cast<int>((4 * block + i) / w.group_units);
-    const float scale = int4_scale(w, row, group);
-    const int zero = int4_zero(w, row, group);
+    const float scale = int4_scale(w, scale_bits[i]);
     Floats<8> values;
     FP_UNROLL
     for (int t = 0; t < 4; ++t) {
       FP_UNROLL
       for (int h = 0; h < 2; ++h) {
-        const int code = chunks[t].v[i] >> (16 * h + 4 * j) & 15;
+        const int code = chunks[t].v[i] >> (16 * h + 4 * j) & 15, zero = static_cast<int>(zeros[i]);
         values.v[2 * t + h] = w.table ? int4::weight(code, scale, w.table) : int4::weight(code, scale, zero);
       }
     }
     T* to = out + row * out_stride + column;
     if (column + 8 <= w.k) {
-      constexpr int kStep = kVector<T> < 8 ? kVector<T> : 8;
+      constexpr int kStep = kVector<T>;
       FP_UNROLL
       for (int at = 0; at < 8; at += kStep) {
         Floats<kStep> part;
@@ -61,10 +70,10 @@ __global__ void __launch_bounds__(kDequantizeThreads)
 void int4_gemm_dequantize(Tensor codes, Tensor scales, Tensor zeros, Tensor table, int64_t group_size, Tensor out) {
   const Stream stream("int4_gemm_dequantize", codes);
   const Int4Matrix w = int4_matrix(codes, scales, zeros, table, group_size, out.size(1));
-  const int64_t blocks = blocks_for(w.k, int4::kBlock);
-  const int64_t grid = blocks_for(w.n * blocks * kQuadThreads, kDequantizeThreads);
+  const int64_t blocks = blocks_for(w.k, int4::kBlock), across = blocks_for(blocks, kDequantizeBlocks);
+  const int64_t grid = across * blocks_for(w.n, kDequantizeRows);
   visit_float(out.dtype, [&]<class T>(T) {
-    launch(dequantize_kernel<T>, grid, kDequantizeThreads, 0, stream, w, blocks, out.ptr<T>(), out.stride(0));
+    launch(dequantize_kernel<T>, grid, kDequantizeThreads, 0, stream, w, blocks, across, out.ptr<T>(), out.stride(0));
   });
 }
 

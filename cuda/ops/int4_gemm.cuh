@@ -21,6 +21,7 @@ struct Int4Matrix {
   int64_t zeros_stride;
   const float* table;  // or null
   int group_units;     // a group's columns / 32
+  int group_shift;     // its logarithm, -1 if it has none
   int groups;          // of a row
 };
 
@@ -43,18 +44,49 @@ inline Int4Matrix int4_matrix(const Tensor& codes, const Tensor& scales, const T
   // One scale a row: no group ends before the row does, whatever its size.
   const int64_t whole = (columns + int4::kBlock - 1) / int4::kBlock * int4::kBlock;
   w.group_units = static_cast<int>((w.groups == 1 && group_size < whole ? whole : group_size) / 32);
+  w.group_shift = -1;
+  for (int shift = 0; shift < 31; ++shift) {
+    if (w.group_units == 1 << shift) w.group_shift = shift;
+  }
   return w;
 }
 
-__device__ inline float int4_scale(const Int4Matrix& w, int64_t row, int group) {
+// A scale as it lies in memory; not converted before it is needed, so that loading it stops nobody.
+__device__ inline uint32_t int4_scale_bits(const Int4Matrix& w, int64_t row, int group) {
   const int64_t at = row * w.scales_stride + group;
-  if (w.scales_dtype == DType::BFloat16) return to_float(static_cast<const bfloat16*>(w.scales)[at]);
-  if (w.scales_dtype == DType::Float16) return to_float(static_cast<const float16*>(w.scales)[at]);
-  return static_cast<const float*>(w.scales)[at];
+  return w.scales_dtype == DType::Float32 ? static_cast<const uint32_t*>(w.scales)[at]
+                                          : static_cast<const uint16_t*>(w.scales)[at];
+}
+__device__ inline float int4_scale(const Int4Matrix& w, uint32_t bits) {
+  if (w.scales_dtype == DType::BFloat16) return to_float(bfloat16{static_cast<uint16_t>(bits)});
+  if (w.scales_dtype == DType::Float16) return to_float(float16{static_cast<uint16_t>(bits)});
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
 }
 
-__device__ inline int int4_zero(const Int4Matrix& w, int64_t row, int group) {
+__device__ inline uint32_t int4_zero(const Int4Matrix& w, int64_t row, int group) {
   return w.zeros ? w.zeros[row * w.zeros_stride + group] : int4::kSymmetricZero;
+}
+
+// The group that 32 columns belong to; a power of two, as group sizes are, needs no division.
+__device__ inline int int4_group(const Int4Matrix& w, int unit) {
+  return w.group_shift >= 0 ? unit >> w.group_shift : unit / w.group_units;
+}
+
+// What a thread needs of a group of columns of two rows.
+struct Int4Group {
+  uint32_t scale[2], zero[2];
+};
+__device__ inline Int4Group int4_load_group(const Int4Matrix& w, const int64_t (&row)[2], int group) {
+  const int at = group < w.groups ? group : w.groups - 1;
+  Int4Group of;
+  FP_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    of.scale[half] = int4_scale_bits(w, row[half], at);
+    of.zero[half] = int4_zero(w, row[half], at);
+  }
+  return of;
 }
 
 // Bits of both halves of a pair. kMagic + code is exact, because a step of the float is 1 there.

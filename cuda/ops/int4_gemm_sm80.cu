@@ -31,20 +31,13 @@ struct RowsWork {
   int64_t out_stride;
   int splits;        // blocks of threads that share the columns
   int split_blocks;  // blocks of columns that each takes
-  int chunk_blocks;  // of those, as many as shared memory has room for x and scales; a multiple of kAhead
+  int chunk_blocks;  // of those, as many as shared memory has room for x; a multiple of kAhead
 };
 
 __host__ __device__ constexpr int x_row_elements(int chunk_blocks) { return chunk_blocks * int4::kBlock + kXPadding; }
 
-// Groups that begin in, or reach into, a chunk.
-__host__ __device__ constexpr int chunk_groups(int chunk_blocks, int group_units) {
-  return (4 * chunk_blocks + group_units - 1) / group_units + 1;
-}
-
-constexpr size_t shared_bytes(int chunk_blocks, int group_units, int x_rows) {
-  const size_t staged = size_t{2} * x_rows * x_row_elements(chunk_blocks) +
-                        size_t{8} * kTileRows * chunk_groups(chunk_blocks, group_units);
-  const size_t sums = size_t{4} * x_rows * kTileRows;
+constexpr size_t shared_bytes(int chunk_blocks, int x_rows) {
+  const size_t staged = size_t{2} * x_rows * x_row_elements(chunk_blocks), sums = size_t{4} * x_rows * kTileRows;
   return staged > sums ? staged : sums;
 }
 
@@ -56,8 +49,6 @@ __global__ void __launch_bounds__(kThreads, resident(kTiles)) rows_kernel(RowsWo
   const Int4Matrix& w = work.w;
   const int row_elements = x_row_elements(work.chunk_blocks);
   T* x_shared = reinterpret_cast<T*>(shared);
-  float* scales = reinterpret_cast<float*>(x_shared + kXRows * row_elements);  // [groups][128]
-  uint32_t* offsets = reinterpret_cast<uint32_t*>(scales + chunk_groups(work.chunk_blocks, w.group_units) * kTileRows);
 
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int g = lane / 4, t = lane % 4;
@@ -68,11 +59,13 @@ __global__ void __launch_bounds__(kThreads, resident(kTiles)) rows_kernel(RowsWo
       static_cast<int>(first_block + work.split_blocks < work.blocks ? first_block + work.split_blocks : work.blocks);
 
   // A thread reads chunk t of rows g and g + 8 of its warp's 16.
+  int64_t rows[2];
   const uint8_t* codes[2];
   FP_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int64_t row = first_row + 16 * warp + g + 8 * half;
-    codes[half] = w.codes + (row < w.n ? row : w.n - 1) * w.codes_stride + 16 * t;
+    rows[half] = row < w.n ? row : w.n - 1;
+    codes[half] = w.codes + rows[half] * w.codes_stride + 16 * t;
   }
   Packed<uint32_t, 4> ahead[kAhead][2];
   const auto fetch = [&](Packed<uint32_t, 4>(&into)[2], int block) {
@@ -88,57 +81,43 @@ __global__ void __launch_bounds__(kThreads, resident(kTiles)) rows_kernel(RowsWo
   ByteTable table = {};
   if constexpr (kTable) table = byte_table<T>(w.table);
   float total[kTiles][4] = {}, sum[kTiles][4] = {};
-  int group = 4 * first_block / w.group_units, left = w.group_units - 4 * first_block % w.group_units;
-  uint32_t offset[2] = {};
+  int group = int4_group(w, 4 * first_block), left = (group + 1) * w.group_units - 4 * first_block;
+  float scale[2];
+  uint32_t offset[2];
+  Int4Group coming = int4_load_group(w, rows, group);
+  const auto begin_group = [&] {  // and load the next one, long before it is needed
+    FP_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      scale[half] = int4_scale(w, coming.scale[half]);
+      offset[half] = pair_of<T>(-Pair<T>::kMagicValue - static_cast<float>(coming.zero[half]));
+    }
+    coming = int4_load_group(w, rows, ++group);
+  };
+  const auto end_group = [&] {
+    FP_UNROLL
+    for (int n = 0; n < kTiles; ++n) {
+      FP_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        total[n][r] += scale[r / 2] * sum[n][r];
+        sum[n][r] = 0;
+      }
+    }
+  };
+  begin_group();
 
   for (int chunk = first_block; chunk < end_block; chunk += work.chunk_blocks) {
     const int chunk_end = chunk + work.chunk_blocks < end_block ? chunk + work.chunk_blocks : end_block;
-    const int first_group = 4 * chunk / w.group_units, last_group = (4 * chunk_end - 1) / w.group_units;
-    __syncthreads();  // all are done with what shared memory held
-    {
-      const int vectors = (chunk_end - chunk) * (int4::kBlock / 8);  // of 16 bytes, in a row of x
-      for (int i = thread; i < kXRows * vectors; i += kThreads) {
-        const int row = i / vectors, column = i % vectors * 8;
-        const int64_t from = static_cast<int64_t>(chunk) * int4::kBlock + column;
-        const bool exists = row < work.m && from < w.k;
-        const T* x = static_cast<const T*>(work.x) + (exists ? row * work.x_stride + from : 0);
-        copy_async(x_shared + row * row_elements + column, x, exists);
-      }
-      const int groups = last_group - first_group + 1;
-      for (int i = thread; i < groups * kTileRows; i += kThreads) {
-        const int of = i / groups, at = i % groups;  // neighbours read neighbouring groups of a row
-        const int64_t row = first_row + of < w.n ? first_row + of : w.n - 1;
-        const int from = first_group + at < w.groups ? first_group + at : w.groups - 1;
-        scales[at * kTileRows + of] = int4_scale(w, row, from);
-        if constexpr (!kTable) {
-          offsets[at * kTileRows + of] =
-              pair_of<T>(-Pair<T>::kMagicValue - static_cast<float>(int4_zero(w, row, from)));
-        }
+    if (chunk != first_block) __syncthreads();  // all are done with what shared memory held
+    // Rows that x lacks are left as they are: they only get into sums that nobody writes.
+    for (int row = 0; row < work.m; ++row) {
+      for (int i = thread; i < (chunk_end - chunk) * (int4::kBlock / 8); i += kThreads) {
+        const int64_t from = static_cast<int64_t>(chunk) * int4::kBlock + 8 * i;
+        const T* x = static_cast<const T*>(work.x) + (from < w.k ? row * work.x_stride + from : 0);
+        copy_async(x_shared + row * row_elements + 8 * i, x, from < w.k);
       }
     }
     copies_wait();
     __syncthreads();
-    const int rows_at = 16 * warp + g;
-    const auto begin_group = [&] {
-      if constexpr (!kTable) {
-        const uint32_t* of = offsets + (group - first_group) * kTileRows + rows_at;
-        offset[0] = of[0];
-        offset[1] = of[8];
-      }
-    };
-    const auto end_group = [&] {
-      const float* of = scales + (group - first_group) * kTileRows + rows_at;
-      const float scale[2] = {of[0], of[8]};
-      FP_UNROLL
-      for (int n = 0; n < kTiles; ++n) {
-        FP_UNROLL
-        for (int r = 0; r < 4; ++r) {
-          total[n][r] += scale[r / 2] * sum[n][r];
-          sum[n][r] = 0;
-        }
-      }
-    };
-    begin_group();
     for (int block = chunk; block < chunk_end; block += kAhead) {
       FP_UNROLL
       for (int d = 0; d < kAhead; ++d) {
@@ -163,17 +142,15 @@ __global__ void __launch_bounds__(kThreads, resident(kTiles)) rows_kernel(RowsWo
           }
           if (--left == 0) {  // the same for all threads
             end_group();
+            begin_group();
             left = w.group_units;
-            ++group;
-            if (4 * (block + d) + i + 1 < 4 * chunk_end) begin_group();
           }
         }
         fetch(ahead[d], block + d + kAhead);
       }
     }
-    // A group that reaches beyond the chunk is scaled in parts, which is the same number of roundings.
-    if (left != w.group_units) end_group();
   }
+  if (left != w.group_units) end_group();  // one that reaches beyond
 
   // Sums [x row][128] to shared memory; each block of the cluster adds up its share of them over all blocks.
   __syncthreads();
@@ -229,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, resident(kTiles)) rows_kernel(RowsWo
 template <class T, int kTiles, bool kTable>
 void launch_rows(const Stream& stream, RowsWork& work, int device) {
   auto* kernel = rows_kernel<T, kTiles, kTable>;
-  const auto bytes = [&](int chunk) { return shared_bytes(chunk, work.w.group_units, 8 * kTiles); };
+  const auto bytes = [&](int chunk) { return shared_bytes(chunk, 8 * kTiles); };
   int major = 0;
   stream.check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   const int64_t tiles = blocks_for(work.w.n, kTileRows);

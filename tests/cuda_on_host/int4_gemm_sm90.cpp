@@ -13,7 +13,8 @@ void multiply_tiles_sm90(const Stream&, const Tensor& x, const Int4Matrix& w, co
           const int group = static_cast<int>(k / 32 / w.group_units);
           const uint8_t* block = w.codes + n * w.codes_stride + k / int4::kBlock * int4::kBlockBytes;
           const int code = int4::code_at(block, static_cast<int>(k % int4::kBlock));
-          const float weight = int4::weight(code, int4_scale(w, n, group), int4_zero(w, n, group));
+          const float weight =
+              int4::weight(code, int4_scale(w, int4_scale_bits(w, n, group)), static_cast<int>(int4_zero(w, n, group)));
           sum += to_float(x.ptr<T>()[i * x.stride(0) + k]) * to_float(from_float<T>(weight));
         }
         if (bias.defined()) sum += to_float(bias.ptr<T>()[n]);
