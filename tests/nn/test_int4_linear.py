@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tiny
-from fastpost.nn import Int4Linear, quantize_linears
+from fastpost.nn import Int4Linear, ShiftedInt4Linear, quantize_linears
 from fastpost.nn.int4_linear import PACKED
 
 FORMATS = {
@@ -206,3 +206,38 @@ def test_on_meta_it_has_the_shapes():
         model = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 4))
     report = quantize_linears(model, group_size=32, scheme="nf4", double_quant=True)
     assert report.error is None and all(p.is_meta for p in model.parameters())
+
+
+# ---- shifted groups --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_shifted_layer_is_the_linear_layer_of_its_weight(dtype):
+    linear = nn.Linear(192, 40)
+    linear.weight.data += 0.05  # a mean that the codes alone would have to carry
+    ours = ShiftedInt4Linear.from_linear(linear, 64)
+    plain = Int4Linear.from_linear(linear, 64, "nf4", double_quant=True)
+    errors = [(m.dequantize() - linear.weight).norm() for m in (ours, plain)]
+    assert errors[0] < errors[1] and "nf4, group_size=64, scales nested, shifted" in repr(ours)
+    before = bits(ours)
+    ours = ours.to(dtype)
+    assert bits(ours) == before and ours.shift.dtype == torch.bfloat16
+    x = torch.randn(7, 192).to(dtype).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    out, truth = ours(x), nn.functional.linear(wide, ours.dequantize().double(), ours.bias.double())
+    grad = torch.randn_like(truth)
+    out.backward(grad.to(dtype))
+    truth.backward(grad.to(dtype).double())
+    eps = 8 * torch.finfo(dtype).eps
+    for a, b in ((out, truth), (x.grad, wide.grad)):
+        assert (a.double() - b).norm() <= eps * b.norm()
+
+
+def test_what_a_shifted_layer_refuses():
+    with pytest.raises(ValueError, match="group_size: expected a divisor of the 96 columns, got 64"):
+        ShiftedInt4Linear.from_linear(nn.Linear(96, 8))
+    with pytest.raises(ValueError, match="scheme: expected nf4"):
+        ShiftedInt4Linear.from_linear(nn.Linear(64, 8), 64, "symmetric")
+    with torch.device("meta"):
+        ghost = ShiftedInt4Linear.from_linear(nn.Linear(64, 8))
+    assert ghost.shift.is_meta and ghost.shift.shape == (8, 1)

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from fastpost.hf import folder, lora
 from fastpost.hf.model import verify
+from fastpost.nn import Int4Linear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
@@ -39,6 +40,7 @@ def load_place(place: folder.Place, dtype: torch.dtype, attention_name: str = "p
     """`load` of what folder.locate found."""
     model = folder.load_model(place.base, dtype, attention_name, check=check and place.adapter is None)
     if place.adapter is not None:
+        base_format(place.adapter).apply(model)
         model = continued(model, place.adapter).eval()
         narrow(model, dtype)
         if check:
@@ -56,12 +58,14 @@ def fresh(
     rslora: bool = False,
     train_embeddings: bool = False,
     train_head: bool = False,
+    connections: bool = False,
 ):
     """A new LoRA adapter on `model`: x W' + scale B(A(dropout(x))), B = 0, scale = alpha / rank (rslora: / sqrt(rank)).
 
-    A is drawn from torch's global generator, so seed it. With tied embeddings, `train_embeddings` and `train_head` must
-    be given together: one matrix is trained and stays one. Raises ValueError for that, for targets that match nothing
-    and for a low-rank change of one of two tied layers, which no merged model could hold.
+    connections: IR-QLoRA's, see int4_lora.py. A is drawn from torch's global generator, so seed it. With tied
+    embeddings, `train_embeddings` and `train_head` must be given together: one matrix is trained and stays one. Raises
+    ValueError for that, for targets that match nothing and for a low-rank change of one of two tied layers, which no
+    merged model could hold.
     """
     import peft
 
@@ -87,7 +91,7 @@ def fresh(
                 f"[lora] targets: expected names of linear layers, got '{target}', which {type(model).__name__} has "
                 f"not. It has: {', '.join(layers)}."
             )
-    return _put_on(model, config)
+    return _put_on(model, config, connections)
 
 
 def continued(model: torch.nn.Module, path: str | Path):
@@ -105,7 +109,7 @@ def continued(model: torch.nn.Module, path: str | Path):
     whole = {name.rpartition(".")[2] for name in config.modules_to_save or ()}
     targets = config.target_modules if not isinstance(config.target_modules, str) else []
     _check_tied(tied, embedding, head, targets, embedding in whole, head in whole or config.ensure_weight_tying)
-    tensors, wrapped = load_file(path / WEIGHTS), _put_on(model, config)
+    tensors, wrapped = load_file(path / WEIGHTS), _put_on(model, config, _has_connections(path))
     wanted = tensors_of(wrapped)
     odd = {
         "lacks": sorted(set(wanted) - set(tensors)),
@@ -126,12 +130,30 @@ def shaped(model: torch.nn.Module, path: Path):
     """`model`, which may be on the meta device, with an untrained adapter like that of folder `path`."""
     import peft
 
-    return _put_on(model, peft.LoraConfig.from_peft_type(**read_config(path) | {"inference_mode": False}))
+    config = peft.LoraConfig.from_peft_type(**read_config(path) | {"inference_mode": False})
+    return _put_on(model, config, _has_connections(path))
 
 
 def moved(model, base: torch.nn.Module):
-    """The adapter of `model` on `base`, another copy of its base model."""
-    return _fill(_put_on(base, copy.deepcopy(model.peft_config["default"])), tensors_of(model))
+    """The adapter of `model` on `base`, another copy of its base model, quantised as that was."""
+    from fastpost.hf import int4_lora
+
+    int4_lora.base_format(model).apply(base)
+    config = copy.deepcopy(model.peft_config["default"])
+    return _fill(_put_on(base, config, int4_lora.has_connections(model)), tensors_of(model))
+
+
+def base_format(path: Path):
+    """How the base of adapter folder `path` is to be quantised: an int4_lora.BaseFormat."""
+    from fastpost.hf import int4_lora
+
+    return int4_lora.read(path)[0]
+
+
+def _has_connections(path: Path) -> bool:
+    from fastpost.hf import int4_lora
+
+    return int4_lora.read(path)[1]
 
 
 def read_config(path: Path) -> dict:
@@ -164,9 +186,13 @@ def is_adapted(model: torch.nn.Module) -> bool:
 
 
 def narrow(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Convert the parameters in place, not the buffers: the frequencies of rotary embeddings stay float32."""
-    for p in model.parameters():
-        p.data = p.data.to(dtype)
+    """Convert the parameters in place, not the buffers: the frequencies of rotary embeddings stay float32. Nor what
+    four-bit layers are packed in."""
+    for module in model.modules():
+        packed = module.packed_names if isinstance(module, Int4Linear) else ()
+        for name, p in module.named_parameters(recurse=False):
+            if name not in packed:
+                p.data = p.data.to(dtype)
 
 
 @contextlib.contextmanager
@@ -198,6 +224,8 @@ def save(
 ) -> Path:
     """Write the adapter of `model` as a peft folder, with the tokenizer files of folder `tokenizer` (None = base) byte
     for byte. dtype None = as the tensors are. Written beside `out` and renamed, so it is whole or absent."""
+    from fastpost.hf import int4_lora
+
     out = Path(out)
     with folder.written_aside(out) as aside:
         whole = ((k, folder.whole(v.detach())) for k, v in tensors_of(model).items())
@@ -212,6 +240,7 @@ def save(
             {k: sorted(v) if isinstance(v, set) else v for k, v in tree.items()}, indent=2, sort_keys=True
         )
         (aside / CONFIG).write_text(text + "\n", encoding="utf-8")
+        int4_lora.write(model, aside)
         folder.copy_tokenizer(Path(tokenizer or base), aside)
         (aside / WEIGHTS).chmod((aside / CONFIG).stat().st_mode & 0o777)
     return out
@@ -224,8 +253,11 @@ def give_parts(model) -> None:
 
 
 def merged(model: torch.nn.Module) -> torch.nn.Module:
-    """The transformers model with the adapter in its weights (W + scale B A), in their dtype: load it in float32."""
-    return model.merge_and_unload(safe_merge=True)
+    """The transformers model with the adapter in its weights (W + scale B A), in their dtype: load it in float32.
+    Four-bit layers become float32 ones."""
+    from fastpost.hf import int4_lora
+
+    return int4_lora.dequantized(model).merge_and_unload(safe_merge=True)
 
 
 def _fill(model, tensors: dict[str, torch.Tensor]):
@@ -239,9 +271,12 @@ def _fill(model, tensors: dict[str, torch.Tensor]):
     return model
 
 
-def _put_on(model, config):
+def _put_on(model, config, connections: bool = False):
     import peft
 
+    from fastpost.hf import int4_lora
+
+    int4_lora.register(config, connections=connections)
     with warnings.catch_warnings():  # about tied layers: _check_tied is stricter
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)

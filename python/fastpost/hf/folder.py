@@ -94,13 +94,14 @@ def locate_tokenizer(path: str | Path) -> Path:
 def load_model(
     path: str | Path, dtype: torch.dtype = torch.float32, attention_name: str = "packed", *, check: bool = True
 ):
-    """A causal LM in eval mode on the CPU, weights in `dtype`.
+    """A causal LM in eval mode on the CPU, weights in `dtype`; those of a four-bit folder as they are (int4_folder.py).
 
     Raises ValueError when the folder holds pickles instead of safetensors (nothing is unpickled), when a weight is
     missing or has another shape (transformers would draw it at random), or when the model's forward is not backbone +
     head (`verify`)."""
     path = _checked(path)
-    for file in weight_files(path):
+    four_bit = is_quantized(path)
+    for file in () if four_bit else weight_files(path):
         header(file)
     attention.register()
     name = attention.NAME if attention_name == "packed" else attention_name
@@ -114,6 +115,13 @@ def load_model(
     hf_logging.disable_progress_bar()
     try:
         with waiting(f"load {path}"):
+            if four_bit:
+                from fastpost.hf.int4_folder import load_int4
+
+                model = load_int4(path, dtype, name)
+                if check:
+                    verify(model)
+                return model
             model, loading = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, attn_implementation=name, use_safetensors=True, local_files_only=True,
                 trust_remote_code=False, output_loading_info=True,
@@ -132,6 +140,12 @@ def load_model(
     if check:
         verify(model)
     return model
+
+
+def is_quantized(path: str | Path) -> bool:
+    """Whether the model folder says that its weights are quantised."""
+    tree = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    return bool(tree.get("quantization_config") or (tree.get("text_config") or {}).get("quantization_config"))
 
 
 def expect_new(out: Path) -> None:

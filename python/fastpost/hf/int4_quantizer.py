@@ -25,7 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fastpost.int4 import SCHEMES, Int4Weight, check_group_size
-from fastpost.nn import Int4Linear, quantize_linears
+from fastpost.nn import Int4Linear, ShiftedInt4Linear, quantize_linears
 
 METHOD = "fastpost"
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -172,7 +172,11 @@ def linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 
 def describe(model: torch.nn.Module) -> Int4Config:
     """The quantization_config of a model that has four-bit layers. Raises ValueError when it has none."""
-    weights = {name: m.packed for name, m in quantized(model).items()}
+    layers = quantized(model)
+    if shifted := [name for name, m in layers.items() if isinstance(m, ShiftedInt4Linear)]:
+        raise ValueError(f"[hf] {shifted[0]}: expected layers without shifts, which no folder holds, got "
+                         "ShiftedInt4Linear. Keep the adapter and quantise the base on loading.")  # fmt: skip
+    weights = {name: m.packed for name, m in layers.items()}
     if not weights:
         raise ValueError(f"[hf] {type(model).__name__}: expected layers in four bits, found none. Quantise it first: "
                          "fastpost.nn.quantize_linears(model).")  # fmt: skip

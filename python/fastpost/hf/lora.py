@@ -54,6 +54,8 @@ def adapter(layer: torch.nn.Module) -> str | None:
     if active[0] in layer.lora_variant:
         kind = type(layer.lora_variant[active[0]]).__name__
         raise _refused(layer, f"expected plain LoRA, got {kind}", "Leave the head out of target_modules.")
+    if hasattr(layer, "lora_connection_in"):
+        raise _refused(layer, "expected plain LoRA, got one with connections", "Leave the head out of targets.")
     if layer.lora_B[active[0]].bias is not None:
         raise _refused(layer, "expected B without a bias", "Set lora_bias=False.")
     return active[0]

@@ -5,6 +5,7 @@ import importlib
 
 _HOME = {  # public name -> module that defines it
     "Int4Linear": "fastpost.nn.int4_linear",
+    "ShiftedInt4Linear": "fastpost.nn.int4_shifted",
     "quantize_linears": "fastpost.nn.int4_linear",
 }
 

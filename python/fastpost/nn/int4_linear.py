@@ -53,6 +53,8 @@ class Int4Linear(nn.Linear):
         ValueError: sizes below 1, a group size or scheme that does not exist, double_quant for another scheme than nf4.
     """
 
+    packed_names: tuple[str, ...] = PACKED
+
     def __init__(
         self,
         in_features: int,
@@ -145,6 +147,11 @@ class Int4Linear(nn.Linear):
         return Int4Weight(self.codes, self.scales, self.zeros, self.in_features, self.group_size, self.scheme,
                           order=self.order, nested=nested)  # fmt: skip
 
+    @property
+    def qweight(self) -> torch.Tensor:
+        """The codes, under the name by which peft finds the device of a layer whose weight is packed."""
+        return self.codes
+
     def replace_weight(self, weight: Int4Weight) -> None:
         """Hold another W of the same shape, in any format. Raises ValueError for another shape."""
         weight.check("Int4Linear")
@@ -192,7 +199,7 @@ class Int4Linear(nn.Linear):
             self.register_parameter(name, held)
 
     def _apply(self, fn, recurse=True):
-        kept = {id(self._parameters[name]) for name in PACKED}
+        kept = {id(self._parameters[name]) for name in self.packed_names}
 
         def moved(tensor):
             out = fn(tensor)
@@ -201,7 +208,7 @@ class Int4Linear(nn.Linear):
         return super()._apply(moved, recurse)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        for name in PACKED:  # copying would convert without a word
+        for name in self.packed_names:  # copying would convert without a word
             own, given = self._parameters[name], state_dict.get(prefix + name)
             if own is not None and given is not None and own.dtype != given.dtype:
                 errors.append(f"{prefix}{name}: expected {own.dtype}, got {given.dtype}: another four-bit format")
@@ -213,6 +220,13 @@ def _nothing_nested(scales: torch.Tensor) -> tuple[torch.Tensor, NestedScales]:
         return nest_scales(scales)
     blocks = -(-scales.numel() // 256)
     return scales.to(torch.uint8), NestedScales(scales.new_empty(256), scales.new_empty(blocks), scales.new_empty(()))
+
+
+def stands_for(model: nn.Module) -> dict[int, int]:
+    """{id of a packed parameter: number of weights that it stands for}: N K for codes, 0 for what belongs to them."""
+    layers = [m for m in model.modules() if isinstance(m, Int4Linear)]
+    found = {id(p): 0 for m in layers for name in m.packed_names if (p := getattr(m, name)) is not None}
+    return found | {id(m.codes): m.in_features * m.out_features for m in layers}
 
 
 # ---- whole models ----------------------------------------------------------------------------------------------------
@@ -245,12 +259,14 @@ def quantize_linears(
     double_quant: bool = False,
     skip: Collection[str] | None = None,
     device: torch.device | str | None = None,
+    kind: type[Int4Linear] = Int4Linear,
 ) -> Quantized:
     """Replace the linear layers of `model` by Int4Linear, one at a time and in place; options as in from_linear.
 
     skip: names of layers to leave, whole ("lm_head") or last parts ("gate"). None: the output head of a transformers
     model, which losses need as a matrix. Only layers that are exactly nn.Linear are meant, each once; a weight that is
     tied to something else (an embedding) is left. device: where to quantise; the result stays where the layer was.
+    kind: the class whose from_linear is called.
 
     Raises:
         ValueError: as from_linear does, naming the layer; a name of `skip` that no linear layer has; no linear layer.
@@ -281,16 +297,15 @@ def quantize_linears(
         alone.in_features, alone.out_features = linear.in_features, linear.out_features
         alone.weight, alone.bias = nn.Parameter(weight, requires_grad=False), linear.bias
         try:
-            made = Int4Linear.from_linear(
-                alone, group_size, scheme, scales_dtype=scales_dtype, double_quant=double_quant
-            )
+            made = kind.from_linear(alone, group_size, scheme, scales_dtype=scales_dtype, double_quant=double_quant)
         except ValueError as error:
             raise ValueError(f"[quantize_linears] {name}: {error}") from None
         if not weight.is_meta:
             exact = weight.float()
             wrong += float((made.dequantize() - exact).norm()) ** 2
             total += float(exact.norm()) ** 2
-        before, after = before + weight.nbytes, after + made.packed.nbytes()
+        bytes_ = sum(getattr(made, n).nbytes for n in made.packed_names if getattr(made, n) is not None)
+        before, after = before + weight.nbytes, after + bytes_
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, made.to(home).train(linear.training))
     return Quantized(names, before, after, (wrong / total) ** 0.5 if total else None)
