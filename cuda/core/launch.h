@@ -67,9 +67,15 @@ class Stream {
   bool moved_ = false;
 };
 
-// Starts kernel(args...) on `grid` blocks of `block` threads with `smem` bytes of dynamic shared memory.
+struct Cluster {
+  int blocks;
+};
+
+// Starts kernel(args...) on `grid` blocks of `block` threads with `smem` bytes of dynamic shared memory, `cluster`
+// neighbouring blocks at a time on multiprocessors that reach each other's shared memory (compute capability 9.0).
 template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), int64_t grid, int block, size_t smem, const Stream& stream, Args... args) {
+void launch(void (*kernel)(Params...), int64_t grid, int block, size_t smem, const Stream& stream, Cluster cluster,
+            Args... args) {
   static_assert(sizeof...(Params) == sizeof...(Args));
   if (grid == 0) return;
   if (grid > INT32_MAX) stream.check(cudaErrorInvalidConfiguration);  // the hardware's limit
@@ -78,7 +84,22 @@ void launch(void (*kernel)(Params...), int64_t grid, int block, size_t smem, con
   config.blockDim = dim3(static_cast<unsigned>(block));
   config.dynamicSmemBytes = smem;
   config.stream = stream.get();
+#ifdef __CUDACC__
+  cudaLaunchAttribute attribute = {};
+  if (cluster.blocks > 1) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster.blocks), 1, 1};
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+#else
+  static_cast<void>(cluster);
+#endif
   stream.check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
+}
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), int64_t grid, int block, size_t smem, const Stream& stream, Args... args) {
+  launch(kernel, grid, block, smem, stream, Cluster{1}, args...);
 }
 
 __host__ __device__ constexpr int64_t blocks_for(int64_t items, int per_block) {

@@ -223,21 +223,8 @@ void launch_rows(const Stream& stream, RowsWork& work, int device) {
   const size_t shared = bytes(work.chunk_blocks);
 #ifdef __CUDACC__
   stream.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
-  if (work.splits > 1) {
-    cudaLaunchAttribute cluster = {};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned>(work.splits), 1, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(tiles * work.splits));
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = shared;
-    config.stream = stream.get();
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    return stream.check(cudaLaunchKernelEx(&config, kernel, work));
-  }
 #endif
-  launch(kernel, tiles, kThreads, shared, stream, work);
+  launch(kernel, tiles * work.splits, kThreads, shared, stream, Cluster{work.splits}, work);
 }
 
 }  // namespace

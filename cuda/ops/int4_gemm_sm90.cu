@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // x · Wᵀ for compute capability 9.0 and enough rows to be bound by arithmetic. W is the left factor of WGMMA and comes from
 // registers: its codes go from global memory to them, become scale·(code - zero) there, rounded once, and never touch
-// shared memory. x comes by TMA, one warp group loads it, two multiply: 128 rows of W by 64, 128 or 256 of x.
+// shared memory. x comes by TMA, one warp group loads it, two multiply: 128 rows of W by 64, 128 or 256 of x. Blocks of a
+// cluster have other rows of W and the same rows of x, so each loads a part of these and sends it to all: without that, the
+// L2 cache is the limit.
 #include <cuda.h>
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
 
+#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <utility>
@@ -26,7 +29,14 @@ constexpr int kOutRow = kTileRows + 8;  // elements; the padding puts rows in ot
 constexpr int kMostShared = 200 << 10;
 
 __host__ __device__ constexpr int stage_bytes(int tile) { return tile * kStageColumns * 2; }
-__host__ __device__ constexpr int stages(int tile) { return kMostShared / stage_bytes(tile) < 8 ? kMostShared / stage_bytes(tile) : 8; }
+__host__ __device__ constexpr int stages(int tile) {
+  return kMostShared / stage_bytes(tile) < 8 ? kMostShared / stage_bytes(tile) : 8;
+}
+
+// Blocks of a cluster: the fewer rows of x, the more of what is read is x.
+__host__ __device__ constexpr int cluster_blocks(int tile) { return tile == 256 ? 2 : 4; }
+// Blocks of codes that a thread has loaded ahead: as many as the registers beside the sums allow.
+__host__ __device__ constexpr int blocks_ahead(int tile) { return tile == 256 ? 2 : 4; }
 
 struct TilesWork {
   Int4Matrix w;
@@ -34,7 +44,7 @@ struct TilesWork {
   const void* bias;   // or null
   void* out;
   int64_t out_stride;
-  int column_tiles;  // of kTile rows of x
+  int row_tiles;  // of 128 rows of W, rounded up to whole clusters
 };
 
 template <class T, int kTile>
@@ -82,45 +92,44 @@ __device__ __forceinline__ uint32_t two(float low, float high) {
   return from_float<T>(low).bits | uint32_t{from_float<T>(high).bits} << 16;
 }
 
-// What a thread needs of a group: scale and -(magic + zero) of rows g and g + 8, as they lie in memory.
-struct Group {
-  uint32_t scale[2];
-  int zero[2];
-};
-
 template <class T, int kTile>
 __global__ void __launch_bounds__(kThreads, 1)
     tiles_kernel(const __grid_constant__ CUtensorMap x_map, const TilesWork work) {
   constexpr int kStages = stages(kTile), kBytes = stage_bytes(kTile), kAccumulators = kTile / 2;
+  constexpr int kCluster = cluster_blocks(kTile), kAhead = blocks_ahead(kTile);
   extern __shared__ char unaligned[];
   char* shared = unaligned + (1024 - __cvta_generic_to_shared(unaligned) % 1024) % 1024;
   __shared__ __align__(8) Full::ValueType full[kStages];
   __shared__ __align__(8) Empty::ValueType empty[kStages];
 
   const int thread = static_cast<int>(threadIdx.x);
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) / work.column_tiles * kTileRows;
-  const int first_x = static_cast<int>(blockIdx.x) % work.column_tiles * kTile;
+  const int64_t first_row = int64_t{kTileRows} * (static_cast<int>(blockIdx.x) % work.row_tiles);
+  const int first_x = static_cast<int>(blockIdx.x) / work.row_tiles * kTile;
   const int steps = static_cast<int>(2 * work.blocks);
   if (thread == 0) {
     for (int s = 0; s < kStages; ++s) {
       Full::init(&full[s], 1);
-      Empty::init(&empty[s], kConsumers / 32);
+      Empty::init(&empty[s], kCluster * kConsumers / 32);
     }
     cutlass::arch::fence_barrier_init();
   }
-  __syncthreads();
+  cute::cluster_sync();
 
   if (thread < kGroup) {  // loads x
     cutlass::arch::warpgroup_reg_dealloc<40>();
     if (thread == 0) {
       for (int step = 0; step < steps; ++step) {
         const int stage = step % kStages, turn = step / kStages;
-        Empty::wait(&empty[stage], (turn & 1) ^ 1);
+        Empty::wait(&empty[stage], (turn & 1) ^ 1);  // in all blocks of the cluster
         Full::arrive_and_expect_tx(&full[stage], kBytes);
-        cute::SM90_TMA_LOAD_2D::copy(&x_map, &full[stage], static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST),
-                                     shared + stage * kBytes, step * kStageColumns, first_x);
+        constexpr int kPart = kTile / kCluster;
+        const int part = static_cast<int>(cute::block_rank_in_cluster());
+        cute::SM90_TMA_LOAD_MULTICAST_2D::copy(
+            &x_map, &full[stage], (1 << kCluster) - 1, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST),
+            shared + stage * kBytes + part * stage_bytes(kPart), step * kStageColumns, first_x + part * kPart);
       }
     }
+    cute::cluster_sync();  // nobody leaves while others send
     return;
   }
   cutlass::arch::warpgroup_reg_alloc<232>();
@@ -134,30 +143,28 @@ __global__ void __launch_bounds__(kThreads, 1)
     row[half] = at < w.n ? at : w.n - 1;
     codes[half] = w.codes + row[half] * w.codes_stride + 16 * t;
   }
-  const auto load_group = [&](int group) {
-    Group of;
-    const int at = group < w.groups ? group : w.groups - 1;
-    CUTE_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      of.scale[half] = static_cast<const uint16_t*>(w.scales)[row[half] * w.scales_stride + at];
-      of.zero[half] = int4_zero(w, row[half], at);
-    }
-    return of;
-  };
   uint32_t scale[2], offset[2];
-  const auto begin_group = [&](const Group& of) {
+  int group = 0, left = w.group_units;
+  Int4Group coming = int4_load_group(w, row, 0);
+  const auto begin_group = [&] {  // and load the next one, long before it is needed
     CUTE_UNROLL
     for (int half = 0; half < 2; ++half) {
-      scale[half] = of.scale[half] * 0x00010001u;
-      offset[half] = pair_of<T>(-Pair<T>::kMagicValue - static_cast<float>(of.zero[half]));
+      scale[half] = coming.scale[half] * 0x00010001u;
+      offset[half] = pair_of<T>(-Pair<T>::kMagicValue - static_cast<float>(coming.zero[half]));
+    }
+    coming = int4_load_group(w, row, ++group);
+  };
+  Packed<uint32_t, 4> ahead[kAhead][2];
+  const auto fetch = [&](Packed<uint32_t, 4>(&into)[2], int block) {
+    if (block >= work.blocks) return;
+    CUTE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      into[half] = load_once(codes[half] + static_cast<int64_t>(block) * int4::kBlockBytes);
     }
   };
-  Packed<uint32_t, 4> now[2], next[2];
   CUTE_UNROLL
-  for (int half = 0; half < 2; ++half) now[half] = load_once(codes[half]);
-  begin_group(load_group(0));
-  Group coming = load_group(1);
-  int group = 0, left = w.group_units;
+  for (int d = 0; d < kAhead; ++d) fetch(ahead[d], d);
+  begin_group();
 
   float sums[kAccumulators];
   CUTE_UNROLL
@@ -165,45 +172,41 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr auto kAll = std::make_index_sequence<kAccumulators>{};
   constexpr uint32_t kMinusZero = 0x80008000u;
 
-  for (int block = 0; block < work.blocks; ++block) {
-    if (block + 1 < work.blocks) {
-      CUTE_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        next[half] = load_once(codes[half] + static_cast<int64_t>(block + 1) * int4::kBlockBytes);
-      }
-    }
-    uint32_t a[2][8];  // of two steps of 16 columns; while one is multiplied, the other is made
+  uint32_t a[2][8];  // of two steps of 16 columns; while one is multiplied, the other is made
+  for (int block = 0; block < work.blocks; block += kAhead) {
     CUTE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      uint32_t (&mine)[8] = a[i % 2];
+    for (int d = 0; d < kAhead; ++d) {
+      if (block + d >= work.blocks) break;
       CUTE_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        uint32_t pairs[4];
-        int4_differences<T>(now[half].v[i], offset[half], pairs);
+      for (int i = 0; i < 4; ++i) {
+        uint32_t (&mine)[8] = a[i % 2];
         CUTE_UNROLL
-        for (int j = 0; j < 4; ++j) mine[2 * j + half] = fma_pair<T>(pairs[j], scale[half], kMinusZero);
+        for (int half = 0; half < 2; ++half) {
+          uint32_t pairs[4];
+          int4_differences<T>(ahead[d][half].v[i], offset[half], pairs);
+          CUTE_UNROLL
+          for (int j = 0; j < 4; ++j) mine[2 * j + half] = fma_pair<T>(pairs[j], scale[half], kMinusZero);
+        }
+        if (i == 3) fetch(ahead[d], block + d + kAhead);
+        if (--left == 0) {  // the same for all threads
+          begin_group();
+          left = w.group_units;
+        }
+        const int step = 2 * (block + d) + i / 2, stage = step % kStages;
+        if (i % 2 == 0) Full::wait(&full[stage], step / kStages & 1);
+        const uint64_t x = x_descriptor(shared + stage * kBytes) + i % 2 * 4;  // 32 columns: 64 bytes, in units of 16
+        CUTE_UNROLL
+        for (int k = 0; k < kAccumulators; ++k) cute::warpgroup_fence_operand(sums[k]);
+        cute::warpgroup_arrive();
+        multiply<T, kTile>(mine, x, sums, kAll);
+        multiply<T, kTile>(mine + 4, x + 2, sums, kAll);
+        cute::warpgroup_commit_batch();
+        cute::warpgroup_wait<1>();  // the products before these are done
+        CUTE_UNROLL
+        for (int k = 0; k < kAccumulators; ++k) cute::warpgroup_fence_operand(sums[k]);
+        if (i % 2 == 0 && step > 0 && lane < kCluster) Empty::arrive(&empty[(step - 1) % kStages], lane, 1);
       }
-      if (--left == 0) {  // the same for all threads
-        begin_group(coming);
-        coming = load_group(++group + 1);
-        left = w.group_units;
-      }
-      const int step = 2 * block + i / 2, stage = step % kStages;
-      if (i % 2 == 0) Full::wait(&full[stage], step / kStages & 1);
-      const uint64_t x = x_descriptor(shared + stage * kBytes) + i % 2 * 4;  // 32 columns: 64 bytes, in units of 16
-      CUTE_UNROLL
-      for (int k = 0; k < kAccumulators; ++k) cute::warpgroup_fence_operand(sums[k]);
-      cute::warpgroup_arrive();
-      multiply<T, kTile>(mine, x, sums, kAll);
-      multiply<T, kTile>(mine + 4, x + 2, sums, kAll);
-      cute::warpgroup_commit_batch();
-      cute::warpgroup_wait<1>();  // the products before these are done
-      CUTE_UNROLL
-      for (int k = 0; k < kAccumulators; ++k) cute::warpgroup_fence_operand(sums[k]);
-      if (i % 2 == 0 && step > 0 && lane == 0) Empty::arrive(&empty[(step - 1) % kStages]);
     }
-    now[0] = next[0];
-    now[1] = next[1];
   }
   cute::warpgroup_wait<0>();
   CUTE_UNROLL
@@ -240,6 +243,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
   }
+  cute::cluster_sync();
 }
 
 // x [m, k] as the copy engine sees it; what lies outside reads as zero.
@@ -265,13 +269,14 @@ CUtensorMap describe(const Stream& stream, const Tensor& x, int tile) {
 
 template <class T, int kTile>
 void launch_tiles(const Stream& stream, const Tensor& x, TilesWork& work) {
-  const CUtensorMap map = describe(stream, x, kTile);
-  work.column_tiles = static_cast<int>(blocks_for(work.m, kTile));
+  constexpr int kCluster = cluster_blocks(kTile);
+  const CUtensorMap map = describe(stream, x, kTile / kCluster);
+  work.row_tiles = static_cast<int>(blocks_for(work.w.n, kTileRows * kCluster)) * kCluster;
   constexpr int kStaged = stages(kTile) * stage_bytes(kTile), kOut = kTile * kOutRow * 2;
   constexpr int kShared = (kStaged > kOut ? kStaged : kOut) + 1024;
   auto* kernel = tiles_kernel<T, kTile>;
   stream.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
-  launch(kernel, blocks_for(work.w.n, kTileRows) * work.column_tiles, kThreads, kShared, stream, map, work);
+  launch(kernel, work.row_tiles * blocks_for(work.m, kTile), kThreads, kShared, stream, Cluster{kCluster}, map, work);
 }
 
 }  // namespace
