@@ -19,6 +19,7 @@ from fastpost.cli.account import account
 from fastpost.cli.data import colour, describe, show
 from fastpost.data.loader import Dataset
 from fastpost.hf import folder
+from fastpost.nn.int4_linear import stands_for
 from fastpost.train import checkpoint, memory, reference, routers, sinks
 from fastpost.train.config import Config, load_config
 from fastpost.train.device import pick_device
@@ -97,7 +98,8 @@ def output(cfg: Config) -> str:
 
 
 def parameters(model: torch.nn.Module) -> str:
-    total = sum(p.numel() for p in model.parameters())
+    packed = stands_for(model)
+    total = sum(packed.get(id(p), p.numel()) for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     layers = model.config.get_text_config().num_hidden_layers
     return f"{type(model).__name__}, {total / 1e6:.1f} M parameters ({trained / 1e6:.1f} M trained), {layers} layers"

@@ -33,10 +33,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--merge", action="store_true", help="write the base model with the adapter merged into its weights"
     )
+    parser.add_argument(
+        "--requantize",
+        action="store_true",
+        help="merge, and write the layers of a base model in four bits in four bits again; the error is printed",
+    )
     args = parser.parse_args(argv)
 
     from fastpost.train.export import export
 
-    options = {"ema": args.ema, "average": args.average, "updates": args.updates, "merge": args.merge}
+    options = {"ema": args.ema, "average": args.average, "updates": args.updates, "merge": args.merge,
+               "requantize": args.requantize}  # fmt: skip
     print(export(args.run, args.out, step=args.step, dtype=args.dtype, **options))
     return 0

@@ -222,6 +222,9 @@ def dequantized(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> t
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, Int4Linear)]:
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer.to_linear(dtype))
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(inner, "hf_quantizer", None) is not None:
+        inner.hf_quantizer.remove_quantization_config(inner)
     return model
 
 

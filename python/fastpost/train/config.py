@@ -42,6 +42,22 @@ class LoraConfig:
     """Also train the input embeddings whole; they are saved with the adapter."""
     train_head: bool = False
     """Also train the output head whole; it is saved with the adapter."""
+    connections: bool = False
+    """IR-QLoRA's connections around A and B: means of neighbouring inputs are added to A's output, and this, repeated,
+    to B's, each times a trained number that begins at 0. peft alone does not load such an adapter: merge it."""
+
+
+@dataclass
+class QuantizeConfig:
+    scheme: Literal["none", "nf4", "symmetric", "asymmetric"] = "none"
+    """Hold the base model's linear layers but the head in four bits while an adapter is trained upon them: nf4 =
+    QLoRA's quantiles; symmetric and asymmetric = equal steps. A folder that is in four bits already needs none."""
+    group_size: int = 64
+    """Columns that share a scale: 32, 64, 128, or -1 for a scale a row."""
+    double_quant: bool = False
+    """nf4: the scales in eight bits, which saves 0.37 bits a weight in groups of 64."""
+    shift: bool = False
+    """nf4: shift each group so that its codes carry most information (IR-QLoRA)."""
 
 
 @dataclass
@@ -75,6 +91,8 @@ class ModelConfig:
     """Leave out of training what one of these matches, in the same words."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters by peft; the run's result is then adapter/, a peft folder."""
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    """The base model in four bits under an adapter (QLoRA)."""
 
 
 @dataclass
@@ -470,6 +488,10 @@ def _check(cfg: Config, where: str) -> None:
                 f"{where}: model.lora.{name}: expected false without a new adapter, got true. Set model.lora.rank; "
                 "without LoRA all weights are trained anyway."
             )
+    if cfg.model.lora.connections and cfg.model.lora.rank == 0:
+        raise ValueError(f"{where}: model.lora.connections: expected false without a new adapter, got true. Set "
+                         "model.lora.rank.")  # fmt: skip
+    _check_quantize(cfg.model.quantize, where)
     if cfg.data.share_prompt and cfg.model.attention != "packed":
         raise ValueError(
             f"{where}: data.share_prompt: expected false with attention '{cfg.model.attention}', which cannot share "
@@ -479,3 +501,17 @@ def _check(cfg: Config, where: str) -> None:
         what = "a number of prompts from data.eval, which is not set" if cfg.log.samples > 0 else "at least 0"
         raise ValueError(f"{where}: log.samples: expected {what}, got {cfg.log.samples}. Set data.eval, or give a list "
                          "of user messages to answer.")  # fmt: skip
+
+
+def _check_quantize(quantize: QuantizeConfig, where: str) -> None:
+    size = quantize.group_size
+    if size != -1 and (size < 1 or size % 32):
+        raise ValueError(
+            f"{where}: model.quantize.group_size: expected 32, 64, 128 or -1 (one scale a row), got {size}."
+        )
+    for name in ("double_quant", "shift"):
+        if getattr(quantize, name) and quantize.scheme != "nf4":
+            raise ValueError(
+                f"{where}: model.quantize.{name}: expected false with the scheme {quantize.scheme}, got true. Set "
+                "model.quantize.scheme to nf4, or leave it out."
+            )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fastpost.hf import adapter, folder
+from fastpost.hf import adapter, folder, int4_folder, int4_lora
 
 from . import averaging, checkpoint
 from .config import load_config
@@ -33,20 +33,23 @@ def export(
     ema: bool = False,
     average: str | None = None,
     updates: bool = False,
+    requantize: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Write the result of `run` at checkpoint `step` (None: the final one, else the newest checkpoint) to `out`: a
     Hugging Face folder, or a peft folder for a run that trained an adapter. `run` may also be an adapter folder.
 
-    merge: the base model with the adapter in its weights. ema: the moving average of the weights instead. average: the
-    mean of several checkpoints, see averaging.sources. updates: also say how far each layer has moved from the start
-    model. dtype None = as the files that training began with (float32 for an adapter). In bf16 training a checkpoint
-    also holds what bf16 cannot, so fp32 is exact. What was written is loaded again and its logits are compared; `say`
-    gets the largest difference.
+    merge: the base model with the adapter in its weights; upon a base in four bits, which training saw, these are its
+    dequantised weights. requantize: merge, and put them in four bits again, each layer in its former format. ema: the
+    moving average of the weights instead. average: the mean of several checkpoints, see averaging.sources. updates:
+    also say how far each layer has moved from the start model. dtype None = as the files that training began with
+    (float32 for an adapter). In bf16 training a checkpoint also holds what bf16 cannot, so fp32 is exact. What was
+    written is loaded again and its logits are compared; `say` gets the largest difference.
 
     Raises ValueError when there is no such run or checkpoint, when `out` is not empty, when there is nothing to merge
     or to average, and when the written folder does not compute what the model did: then nothing is kept.
     """
+    merge = merge or requantize
     kind = DTYPES[dtype] if dtype else None
     if average is not None and (ema or step is not None):
         raise ValueError("[export] --average: names its checkpoints itself. Leave --step and --ema out.")
@@ -59,7 +62,10 @@ def export(
         say(averaging.report(averaging.layer_updates(model, start)))
     if merge and not adapted:
         raise ValueError(f"[export] --merge: {run} is a whole model, there is no adapter to merge. Leave --merge out.")
-    before = logits(model)
+    before, like = logits(model), int4_lora.formats(model)
+    if requantize and not like:
+        raise ValueError(f"[export] --requantize: expected a base model in four bits, {run} has none. Use --merge, "
+                         "then fastpost quantize.")  # fmt: skip
     if merge:
         with adapter.off(model):
             effect = difference(logits(model), before)
@@ -74,6 +80,16 @@ def export(
             )
     if adapted and not merge:
         adapter.save(model, place.base, out, tokenizer=place.tokenizer, dtype=kind)
+    elif requantize:
+        error, size = int4_lora.requantized(model, like), difference(logits(model), before)
+        say(f"check  four bits again: relative error of the weights {error:.4f}, of the logits {size:.4f}")
+        four_bit = folder.is_quantized(place.base)
+        kind = kind or (torch.bfloat16 if four_bit else folder.stored_dtype(place.base))
+        before = logits(model)
+        int4_folder.save_int4(model.to(kind), out, tokenizer=place.tokenizer)
+    elif folder.is_quantized(place.base):  # its keys are not those of floats
+        kind = kind or torch.bfloat16
+        _save_plain(model.to(kind), out, place.tokenizer)
     else:
         folder.save_folder(model, place.base, out, kind, unchanged=unchanged)
         if place.tokenizer != place.base:
@@ -85,6 +101,12 @@ def export(
         shutil.rmtree(out, ignore_errors=True)
         raise
     return out
+
+
+def _save_plain(model: torch.nn.Module, out: Path, tokenizer: Path) -> None:
+    with folder.written_aside(out) as aside:
+        model.save_pretrained(aside)
+        folder.copy_tokenizer(tokenizer, aside)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from fastpost.data.collate import Batch
+from fastpost.nn.int4_linear import stands_for
 
 PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "A10G": 125e12}
 """Dense bf16 FLOP/s by the vendor's data sheet, without sparsity."""
@@ -45,10 +46,11 @@ def matrices(model: torch.nn.Module) -> tuple[float, float]:
     the gradient of its input is judged by what is trained before it in that order."""
     head = model.get_output_embeddings().weight
     lookups = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    packed = stands_for(model)
     per_token, below = 0.0, False
     for _, p in model.named_parameters():
         if p.ndim > 1 and p is not head and id(p) not in lookups:
-            per_token += _passes(p, below) * p.numel() * _active(model, p)
+            per_token += _passes(p, below) * packed.get(id(p), p.numel()) * _active(model, p)
         below |= p.requires_grad
     return per_token, float(_passes(head, below and _trained_below_head(model, head)) * head.numel())
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 import fastpost
 from fastpost.data.collate import IGNORE, Batch
 from fastpost.hf import adapter, folder, lora
+from fastpost.hf.int4_lora import BaseFormat
 from fastpost.hf.model import head, outputs, verify
 from fastpost.ops.preference_loss import schedule_of
 from fastpost.parallel import fsdp_head_logprob
@@ -99,7 +100,10 @@ def load_policy(cfg: Config, device: torch.device, *, move: bool = True) -> torc
     gradients. It is set up for `device`; move=False leaves it on the CPU for now."""
     start, compute = start_of(cfg.model), COMPUTE_DTYPE[cfg.optim.precision]
     dtype = torch.float32 if has_masters(cfg) else compute
+    base = base_format(cfg.model)
     model = folder.load_model(start.base, dtype, cfg.model.attention, check=False)
+    if done := base.apply(model, device if device.type == "cuda" else None):
+        print(f"base   {base.scheme}, groups of {base.group_size}: {done.line()}", flush=True)
     if start.adapter:
         model = adapter.continued(model, start.adapter).eval()
     elif cfg.model.lora.rank:
@@ -119,6 +123,34 @@ def load_policy(cfg: Config, device: torch.device, *, move: bool = True) -> torc
     return model.to(device) if move else model
 
 
+def base_format(cfg: ModelConfig) -> BaseFormat:
+    """How the base model is quantised when it is loaded: as model.quantize says, or as it was under the adapter that
+    goes on training. Raises ValueError where these differ, where the folder is in four bits already, and where no
+    adapter is trained: codes are not."""
+    start, base = start_of(cfg), BaseFormat(**vars(cfg.quantize))
+    if base.scheme == "none":
+        base = BaseFormat()
+    if start.adapter and (before := adapter.base_format(start.adapter)) != base:
+        if base.scheme != "none":
+            raise ValueError(
+                f"[train] model.quantize: expected {before}, with which the adapter {start.adapter} was trained, got "
+                f"{base}. Leave it out: the adapter's own is taken."
+            )
+        base = before
+    four_bit = folder.is_quantized(start.base)
+    if four_bit and base.scheme != "none":
+        raise ValueError(
+            f"[train] model.quantize.scheme: expected none, because {start.base} is in four bits already, got "
+            f"{base.scheme}. Leave it out, or take the original model."
+        )
+    if (four_bit or base.scheme != "none") and not (start.adapter or cfg.lora.rank):
+        raise ValueError(
+            "[train] model.quantize: expected an adapter upon a base model in four bits, whose codes are not trained, "
+            "got none. Set model.lora.rank."
+        )
+    return base
+
+
 def has_masters(cfg: Config) -> bool:
     """Whether bf16 training keeps float32 masters of weights that the model came with, so must load them as float32."""
     if cfg.optim.precision != "bf16":
@@ -126,7 +158,8 @@ def has_masters(cfg: Config) -> bool:
     start, own = start_of(cfg.model), cfg.model.lora
     if start.adapter:  # what it trained whole is float32 in its file; the rest is frozen
         return bool(adapter.read_config(start.adapter).get("modules_to_save"))
-    return (not own.rank or own.train_embeddings or own.train_head) and wider_than_bf16(start.base)
+    whole = not own.rank or own.train_embeddings or own.train_head
+    return whole and not folder.is_quantized(start.base) and wider_than_bf16(start.base)
 
 
 def start_of(cfg: ModelConfig) -> folder.Place:

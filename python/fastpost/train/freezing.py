@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from fastpost.nn.int4_linear import stands_for
+
 from .parameters import Parameters
 
 
@@ -30,7 +32,8 @@ def freeze(model: torch.nn.Module, train: Sequence[str], frozen: Sequence[str]) 
 
 def summary(model: torch.nn.Module) -> str:
     """How much of the model trains, in one line."""
-    numbers = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    packed = stands_for(model)
+    numbers = [(packed.get(id(p), p.numel()), p.requires_grad) for p in model.parameters()]
     total, trained = sum(n for n, _ in numbers), sum(n for n, trains in numbers if trains)
     frozen = sum(not trains for _, trains in numbers)
     rest = f", {frozen} of {len(numbers)} tensors are frozen" if frozen else ""

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 import fastpost
 from fastpost.data.loader import Dataset
-from fastpost.hf import adapter, folder
+from fastpost.hf import adapter, folder, int4_lora
 from fastpost.user_cache import file_hash, location
 
 TENSOR = "logprob"
@@ -36,8 +36,11 @@ def cache_folder(setting: str | None) -> Path | None:
 
 def model_digest(base: Path, put_on: Path | None) -> str:
     """Hash of the files that decide a model's numbers: config.json, weights, and those of its adapter."""
-    files = [base / "config.json", *folder.weight_files(base)]
+    # Folders in four bits name their files as they like.
+    weights = sorted(base.glob("*.safetensors")) if folder.is_quantized(base) else folder.weight_files(base)
+    files = [base / "config.json", *weights]
     files += [put_on / adapter.CONFIG, put_on / adapter.WEIGHTS] if put_on else []
+    files += [put_on / int4_lora.FILE] if put_on and (put_on / int4_lora.FILE).is_file() else []
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
         return _hash([f"{f.name} {digest}" for f, digest in zip(files, pool.map(file_hash, files), strict=True)])
 

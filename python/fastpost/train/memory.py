@@ -21,11 +21,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from fastpost.data.collate import Batch
-from fastpost.hf import adapter, lora
+from fastpost.hf import adapter, folder, lora
+from fastpost.nn import quantize_linears
 from fastpost.ops.linear_logprob import DEFAULT_MEMORY_BUDGET
 
 from .config import Config
-from .forward import start_of
+from .forward import base_format, start_of
 from .freezing import freeze
 from .gradients import Gradients
 from .optim import AdamW
@@ -64,14 +65,21 @@ def shape_model(path: str | Path, dtype: torch.dtype) -> torch.nn.Module:
     """The model of a Hugging Face folder's config.json on the meta device: shapes without memory, no weights needed."""
     AttentionInterface.register(NAME, _attention)  # and no mask function: packing needs no mask
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    four_bit = folder.is_quantized(path)
+    if four_bit:
+        del config.quantization_config
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
+    if four_bit:  # groups of 128 stand for whatever they are
+        quantize_linears(model, group_size=128)
+    return model
 
 
 def shape_policy(cfg: Config, dtype: torch.dtype) -> torch.nn.Module:
     """The model that a run would train, adapter and frozen parts included, as a `shape_model`."""
     start = start_of(cfg.model)
     model = shape_model(start.base, dtype)
+    base_format(cfg.model).apply(model)
     with torch.device("meta"):
         if start.adapter:
             model = adapter.shaped(model, start.adapter)

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from fastpost.data.loader import Dataset
 from fastpost.hf import adapter, folder
+from fastpost.hf.int4_lora import BaseFormat
 from fastpost.objectives import SFT
 
 from . import logprob_cache as cache
@@ -28,7 +29,7 @@ from . import sharding
 from .config import Config, ModelConfig
 from .device import pick_device
 from .distributed import ALONE, Ranks
-from .forward import forward, has_masters, start_of
+from .forward import base_format, forward, has_masters, start_of
 from .optim import COMPUTE_DTYPE
 from .progress import progress
 
@@ -103,7 +104,7 @@ def attach(
     values, contents = {}, {}
     rows = {name: cache.rows_digest(dataset) for name, dataset in data.items()} if computed else {}
     for column, source in computed.items():
-        model = cache.model_digest(*_files(cfg.model, source))
+        model = cache.model_digest(*_files(cfg.model, source)) + _base_format(cfg, source)
         for name in data:
             contents[_entry(column, name)] = cache.content(model, rows[name], cfg.model.temperature)
     if computed and table is not None and ranks.from_first(table.exists):
@@ -183,6 +184,12 @@ def _route(cfg: Config, source: str) -> str:
     new = cfg.model.lora
     head = f"{new.rank} {new.targets}" if source == "start" and new.rank and new.targets != ["all-linear"] else ""
     return f"{head} {source in ('start', 'base') and has_masters(cfg)}"
+
+
+def _base_format(cfg: Config, source: str) -> str:
+    """How the base is quantised on loading, where it is; other numbers come from the same files then."""
+    base = base_format(cfg.model) if source in ("start", "base") else BaseFormat()
+    return "" if base.scheme == "none" else f" {base}"
 
 
 def _entry(column: str, name: str) -> str:
