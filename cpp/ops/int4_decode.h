@@ -12,7 +12,9 @@
 namespace fastpost::FP_ISA {
 
 constexpr int kBlock = int4::kBlock, kUnit = 32, kUnits = kBlock / kUnit;  // a unit is the finest group
-constexpr int64_t kMostBlocks = 32;                                        // that are decoded at a time
+constexpr int64_t kAhead =
+    64 << 10;  // bytes to prefetch where rows are read from end to end: further than the hardware looks
+constexpr int64_t kMostBlocks = 32;  // that are decoded at a time
 
 // Functions of int4.h at compile time only: a copy of one of them made for this instruction set must not leave the file.
 struct Stored {
@@ -169,7 +171,8 @@ inline Table base_of(const Int4Rows& w) {
 // put(block, nibble, first word, F32) for blocks [first, first + count) of a row. `ahead`: bytes to what is read soon,
 // where the hardware would not see it coming.
 template <int Parts, bool Zeros, class Put>
-inline void decode_floats(const Int4Rows& w, int64_t row, int64_t first, int64_t count, int64_t ahead, Put&& put) {
+[[gnu::always_inline]] inline void decode_floats(const Int4Rows& w, int64_t row, int64_t first, int64_t count,
+                                                 int64_t ahead, Put&& put) {
   const uint8_t* codes = w.codes + row * w.codes_row + first * int4::kBlockBytes;
   const Table base = base_of<Zeros>(w);
   Scales s;
@@ -177,7 +180,7 @@ inline void decode_floats(const Int4Rows& w, int64_t row, int64_t first, int64_t
     const int64_t n = count - begin < kMostBlocks ? count - begin : kMostBlocks;
     read_scales<Zeros>(w, row, (first + begin) * Parts, n * Parts, &s);
     for (int64_t b = 0; b < n; ++b, codes += int4::kBlockBytes) {
-      __builtin_prefetch(codes + ahead);
+      __builtin_prefetch(codes + ahead, 0, 1);
       const float *scale = s.scale + Parts * b, *zero = s.zero + Parts * b;
       if constexpr (Parts == 1) {
         const Table table = (Zeros ? base.minus(*zero) : base).times(*scale);
@@ -205,8 +208,8 @@ inline void decode_floats(const Int4Rows& w, int64_t row, int64_t first, int64_t
 // two tables of 16 values. Where all of a block uses one table, it stands there twice, so that the bit above a code, which
 // belongs to another, does not matter; else that place of the index says which part's table.
 template <int Parts, bool Zeros, int Rows, class Put>
-inline void decode_pairs(const Int4Rows& w, int64_t row, int64_t last, int64_t first, int64_t count, int64_t ahead,
-                         Put&& put) {
+[[gnu::always_inline]] inline void decode_pairs(const Int4Rows& w, int64_t row, int64_t last, int64_t first,
+                                                int64_t count, int64_t ahead, Put&& put) {
   const uint8_t* codes[Rows];
   for (int r = 0; r < Rows; ++r) codes[r] = w.codes + (row + r < last ? row + r : last) * w.codes_row;
   const Table base = base_of<Zeros>(w);
@@ -224,7 +227,7 @@ inline void decode_pairs(const Int4Rows& w, int64_t row, int64_t last, int64_t f
       __m512i low[Rows], high[Rows];
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
-        __builtin_prefetch(codes[r] + at + ahead);
+        __builtin_prefetch(codes[r] + at + ahead, 0, 1);
         const auto table = [&](int part) {
           return (Zeros ? base.minus(s[r].zero[Parts * b + part]) : base).times(s[r].scale[Parts * b + part]).v;
         };
@@ -255,5 +258,50 @@ inline void decode_pairs(const Int4Rows& w, int64_t row, int64_t last, int64_t f
 }
 
 #endif
+
+// ---- transposes ------------------------------------------------------------------------------------------------------
+
+// put(column, register of its 16 words) for 16 rows of 16 words, row(i) -> where row i begins.
+template <class Row, class Put>
+inline void transpose(Row&& row, Put&& put) {
+#if defined(__AVX512F__)
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(row(i));
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {  // a[i + q]: column 4·lane + q of rows i to i + 3
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  for (int q = 0; q < 4; ++q) {
+    const __m512i low0 = _mm512_shuffle_i32x4(a[q], a[q + 4], 0x44),
+                  low1 = _mm512_shuffle_i32x4(a[q + 8], a[q + 12], 0x44);
+    const __m512i high0 = _mm512_shuffle_i32x4(a[q], a[q + 4], 0xee);
+    const __m512i high1 = _mm512_shuffle_i32x4(a[q + 8], a[q + 12], 0xee);
+    put(q, _mm512_shuffle_i32x4(low0, low1, 0x88));
+    put(4 + q, _mm512_shuffle_i32x4(low0, low1, 0xdd));
+    put(8 + q, _mm512_shuffle_i32x4(high0, high1, 0x88));
+    put(12 + q, _mm512_shuffle_i32x4(high0, high1, 0xdd));
+  }
+#else
+  struct Words {
+    uint32_t v[16];
+  };
+  for (int c = 0; c < 16; ++c) {
+    Words column;
+    for (int i = 0; i < 16; ++i) column.v[i] = row(i)[c];
+    put(c, column);
+  }
+#endif
+}
+
+template <class Register>
+inline void put_words(void* to, const Register& words) {
+  __builtin_memcpy(to, &words, 64);
+}
 
 }  // namespace fastpost::FP_ISA

@@ -70,7 +70,7 @@ struct Shape {
     row_words = steps + 16;  // a cache line more, so that rows do not fight for the same places
     block_rows = std::clamp<int64_t>(kDecodedBytes / (4 * row_words) / 48 * 48, 12, kMaxBlock);
   }
-  bool few() const { return m <= (pairs ? 64 : kFewRows); }
+  bool few() const { return m <= (pairs ? 32 : kFewRows); }
   int64_t row_blocks() const { return (n + block_rows - 1) / block_rows; }
   int64_t tiles() const { return (m + kBackwardSums - 1) / kBackwardSums * blocks; }
 };

@@ -32,8 +32,7 @@ inline int64_t blocks_of(int64_t k) { return (k + kBlock - 1) / kBlock; }
 
 // ---- weights ---------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kAhead = 1024;    // bytes to prefetch where rows are read from end to end,
-constexpr int64_t kRowsAhead = 16;  // rows where a block of columns is
+constexpr int64_t kRowsAhead = 16;  // to prefetch where a block of columns is read
 
 // Blocks of a row one after the other, in stored order.
 template <bool Pairs>
@@ -178,49 +177,6 @@ void pack(DType dtype, bool pairs, const void* src, int64_t k, uint32_t* out) {
   });
 }
 
-// 16 rows of 16 words, `distance` words apart -> their columns.
-template <class Put>
-inline void transpose(const uint32_t* rows, int64_t distance, Put&& put) {
-#if defined(__AVX512F__)
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(rows + i * distance);
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {  // a[i + q]: column 4·lane + q of rows i to i + 3
-    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-  for (int q = 0; q < 4; ++q) {
-    const __m512i low0 = _mm512_shuffle_i32x4(a[q], a[q + 4], 0x44),
-                  low1 = _mm512_shuffle_i32x4(a[q + 8], a[q + 12], 0x44);
-    const __m512i high0 = _mm512_shuffle_i32x4(a[q], a[q + 4], 0xee);
-    const __m512i high1 = _mm512_shuffle_i32x4(a[q + 8], a[q + 12], 0xee);
-    put(q, _mm512_shuffle_i32x4(low0, low1, 0x88));
-    put(4 + q, _mm512_shuffle_i32x4(low0, low1, 0xdd));
-    put(8 + q, _mm512_shuffle_i32x4(high0, high1, 0x88));
-    put(12 + q, _mm512_shuffle_i32x4(high0, high1, 0xdd));
-  }
-#else
-  struct Words {
-    uint32_t v[16];
-  };
-  for (int c = 0; c < 16; ++c) {
-    Words column;
-    for (int i = 0; i < 16; ++i) column.v[i] = rows[i * distance + c];
-    put(c, column);
-  }
-#endif
-}
-
-template <class Register>
-inline void put_words(void* to, const Register& words) {
-  __builtin_memcpy(to, &words, 64);
-}
-
 void pack_across(DType dtype, bool pairs, const char* src, int64_t row_bytes, int64_t count, int64_t k, int64_t lanes,
                  uint32_t* out) {
   visit_words(dtype, pairs, [&]<class T, bool Pairs>() {
@@ -235,9 +191,10 @@ void pack_across(DType dtype, bool pairs, const char* src, int64_t row_bytes, in
           }
         }
         for (int d = 0; d < kSteps<Pairs>; d += 16) {
-          transpose(words[0] + d, kSteps<Pairs>, [&](int column, const auto& across) {
-            put_words(out + kStepOf<Pairs>[d + column] * lanes + lane, across);
-          });
+          transpose([&](int i) { return words[i] + d; },
+                    [&](int column, const auto& across) {
+                      put_words(out + kStepOf<Pairs>[d + column] * lanes + lane, across);
+                    });
         }
       }
     }
@@ -264,15 +221,14 @@ void few_of(const Int4Rows& w, int64_t begin, int64_t end, const uint32_t* x, fl
       }
       if constexpr (Pairs) {
 #if defined(__AVX512BF16__)
-        decode_pairs<Parts, Zeros, R>(
-            w, row, end - 1, 0, blocks, R * w.codes_row, [&](int64_t b, int j, const __m512i* pairs) {
+        decode_pairs<Parts, Zeros, R>(w, row, end - 1, 0, blocks, kAhead, [&](int64_t b, int j, const __m512i* pairs) {
 #pragma GCC unroll 8
-              for (int i = 0; i < M; ++i) {
-                const __m512bh words = (__m512bh)_mm512_loadu_si512(x + i * x_row + b * kSteps<true> + 16 * j);
+          for (int i = 0; i < M; ++i) {
+            const __m512bh words = (__m512bh)_mm512_loadu_si512(x + i * x_row + b * kSteps<true> + 16 * j);
 #pragma GCC unroll 4
-                for (int r = 0; r < R; ++r) sums[r][i].v = _mm512_dpbf16_ps(sums[r][i].v, (__m512bh)pairs[r], words);
-              }
-            });
+            for (int r = 0; r < R; ++r) sums[r][i].v = _mm512_dpbf16_ps(sums[r][i].v, (__m512bh)pairs[r], words);
+          }
+        });
 #endif
       } else {
         decode_floats<Parts, Zeros>(w, row, 0, blocks, kAhead, [&](int64_t b, int nibble, int word, F32 value) {
@@ -331,8 +287,8 @@ void finish_across(const float* c, int64_t lanes, int64_t n, int64_t used, DType
             for (int64_t r = 0; r < columns; ++r) tile[i][r] = c[(j + r) * lanes + lane + i];
           }
         } else {
-          transpose(reinterpret_cast<const uint32_t*>(c) + j * lanes + lane, lanes,
-                    [&](int i, const auto& row) { put_words(tile[i], row); });
+          const uint32_t* first = reinterpret_cast<const uint32_t*>(c) + j * lanes + lane;
+          transpose([&](int i) { return first + i * lanes; }, [&](int i, const auto& row) { put_words(tile[i], row); });
         }
         for (int64_t i = 0; i < 16 && lane + i < used; ++i) {
           finish_row(tile[i], columns, bias ? static_cast<const T*>(bias) + j : nullptr,
