@@ -33,11 +33,6 @@ def test_verb_help_needs_no_torch():
 
 
 def test_verbs_that_do_not_exist(capsys):
-    assert run(capsys, "quantize", "x") == (
-        2,
-        "",
-        "fastpost: quantize is not in this version yet. `fastpost --help` lists the verbs that are.\n",
-    )
     assert run(capsys, "trian") == (2, "", "fastpost: there is no verb 'trian'. Did you mean 'train'?\n")
     status, _, err = run(capsys, "zzz")
     assert status == 2 and "Known: train, data, eval" in err

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Walking a model block by block, folds, AWQ and SmoothQuant: the exact model must come out where nothing is rounded."""
+"""Walking a model block by block, folds, AWQ and SmoothQuant: where nothing is rounded, the exact model comes out."""
 
 import copy
 

@@ -39,7 +39,7 @@ VERBS = {
         "a model in fewer bits: rtn, gptq, awq, nf4, and more",
     ),
 }
-"""verb -> (module, or None when this version has none; arguments; one line of help)"""
+"""verb -> (module, arguments, one line of help)"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,8 +58,6 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(VERBS)}."
         return fail(f"there is no verb '{verb}'. {hint}", 2)
     module = VERBS[verb][0]
-    if module is None:
-        return fail(f"{verb} is not in this version yet. `fastpost --help` lists the verbs that are.", 2)
     try:
         return importlib.import_module(module).main(rest) or 0
     except ModuleNotFoundError as error:

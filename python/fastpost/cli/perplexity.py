@@ -11,8 +11,8 @@ from pathlib import Path
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fastpost eval",
-        description="Perplexity of a text that the models have not seen, in windows. Models are Hugging Face, adapter or "
-        "run folders, quantised or not.",
+        description="Perplexity of a text that the models have not seen, in windows. Models are Hugging Face, adapter "
+        "or run folders, quantised or not.",
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folder; several make a table")
     parser.add_argument(

@@ -31,8 +31,10 @@ def main(argv: list[str]) -> int:
         binary_share=args.binary_share,
     )  # fmt: skip
     source = model(args.model, "MODEL") if args.model.startswith("built-in/") else Path(args.model).expanduser()
-    expect_plain(folder.locate(source).base)
+    base = folder.locate(source).base
+    expect_plain(base)
     folder.expect_new(args.out)
+    length = longest(base) if args.length is None else args.length
     if args.threads:
         torch.set_num_threads(args.threads)
     tokenizer, rows, left = folder.load_tokenizer(source), None, None
@@ -41,13 +43,13 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"quantize: --calibration, --rows: {how.method} looks at weights alone. Leave them out.")
     if calibrated:
         text = data(args.calibration or DEFAULT_TEXT, "--calibration")
-        tokens = token_stream(text, tokenizer, ENOUGH * (args.rows or 128) * args.length)
-        rows, left = draw(tokens, args.rows, args.length, args.seed, text)
+        tokens = token_stream(text, tokenizer, ENOUGH * (args.rows or 128) * length)
+        rows, left = draw(tokens, args.rows, length, args.seed, text)
     where = args.perplexity or (DEFAULT_HELD_OUT if args.calibration is None else None)
     if where is not None:
         path = data(where, "--perplexity")
-        stream = token_stream(path, tokenizer, HELD_OUT_WINDOWS * args.length)
-        left, _ = draw(stream, None, min(args.length, max(2, len(stream))), args.seed, path, enough=HELD_OUT_WINDOWS)
+        stream = token_stream(path, tokenizer, HELD_OUT_WINDOWS * length)
+        left, _ = draw(stream, None, min(length, max(2, len(stream))), args.seed, path, enough=HELD_OUT_WINDOWS)
     held_out = None if left is None else left[:HELD_OUT_WINDOWS]
     print(f"{source}: {how.says()}" + (f", calibrated on {len(rows)} rows of {rows.shape[1]} tokens" if calibrated
                                        else ""), flush=True)  # fmt: skip
@@ -57,6 +59,14 @@ def main(argv: list[str]) -> int:
         print(f"{result.resumed} blocks were there from an earlier attempt")
     print(table(source, result, held_out, where, time.monotonic() - begin))
     return 0
+
+
+def longest(base: Path) -> int:
+    """2048 tokens, or as many as the model can read."""
+    import json
+
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    return min(2048, config.get("max_position_embeddings") or 2048)
 
 
 def table(source: Path, result, held_out, where: str | None, seconds: float) -> str:
@@ -82,9 +92,9 @@ def table(source: Path, result, held_out, where: str | None, seconds: float) -> 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="fastpost quantize",
-        description="Write a model with the linear layers of its decoder blocks in fewer bits. One block is in memory at "
-        "a time; a run that was ended goes on when it is called again.",
-        epilog="rtn, nf4, db-llm and ir-qlora need no text. gptq, awq, smoothquant, quip, pb-llm and billm are calibrated.",
+        description="Write a model with the linear layers of its decoder blocks in fewer bits. One block is in memory "
+        "at a time; a run that was ended goes on when it is called again.",
+        epilog="rtn, nf4, db-llm and ir-qlora need no text; gptq, awq, smoothquant, quip, pb-llm and billm do.",
     )
     parser.add_argument("model", metavar="MODEL", help="Hugging Face folder in full precision, or built-in/smollm2")
     parser.add_argument(
@@ -101,8 +111,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--format", metavar="NAME",
-        help="fastpost (four bits in groups), gptq, awq, or bf16: dequantised, which everything reads. Default: fastpost "
-        "where it can be",
+        help="fastpost (four bits in groups), gptq, awq, or bf16: dequantised, which everything reads. Default: "
+        "fastpost where it can be",
     )  # fmt: skip
     text = parser.add_argument_group("texts")
     text.add_argument(
@@ -110,7 +120,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help=".txt, or .jsonl, .json, .parquet with text, messages, or prompt and completion (the built-in problems)",
     )  # fmt: skip
     text.add_argument("--rows", type=int, metavar="N", help="calibration rows (128, or as many as the text has)")
-    text.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of a row (2048)")
+    text.add_argument("--length", type=int, metavar="N", help="tokens of a row (2048, or what the model can read)")
     text.add_argument("--seed", type=int, default=2, help="of the choice of rows, and of quip's rotations (2)")
     text.add_argument(
         "--perplexity", metavar="FILE", help="measure on this text instead of on what calibration leaves of its file"

@@ -32,8 +32,8 @@ class Perplexity(NamedTuple):
 
 
 def spans(tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]:
-    """(begin, first scored, end) of each window: a window begins `stride` tokens after the one before it and scores what
-    no earlier one has. Every token is scored once, except the first of all, before which there is nothing."""
+    """(begin, first scored, end) of each window: a window begins `stride` tokens after the one before it and scores
+    what no earlier one has. No token is scored twice, and none without a token before it in its window."""
     found, scored = [], 1
     for begin in range(0, max(tokens - 1, 0), stride):
         end = min(begin + window, tokens)
@@ -52,13 +52,13 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of tokens int64 [T].
 
-    window: tokens that the model is given at once. stride: how far the next window begins after this one. None: window - 1,
-    so that each window begins with the last token of the one before and every token but the very first is scored; less
-    gives each token a longer past, at more work. stride = window is how tables of quantised models are made: the first
-    token of each window is not scored.
+    window: tokens that the model is given at once. stride: how far the next window begins after this one. None:
+    window - 1, so that each window begins with the last token of the one before and every token but the very first is
+    scored; less gives each token a longer past, at more work. stride = window is how tables of quantised models are
+    made: the first token of each window is not scored.
 
     Raises:
-        ValueError: fewer than two tokens, a window below 2, a stride outside 1 to window, a model without a linear head.
+        ValueError: fewer than two tokens, a window below 2, a stride outside 1 to window, a head that is not linear.
     """
     stride = window - 1 if stride is None else stride
     if window < 2 or not 1 <= stride <= window:

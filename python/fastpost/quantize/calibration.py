@@ -31,7 +31,7 @@ def documents(path: str | Path, tokenizer) -> Iterator[str]:
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: expected UTF-8 text, got byte {error.start} that is not. Convert it.") from None
         if not text.strip():
-            raise ValueError(f"{path}: expected text, got an empty file.")
+            raise ValueError(f"{path}: expected text, got an empty file. Write some, or name another.")
         yield text
         return
     if path.is_file() and path.suffix not in (".jsonl", ".json", ".parquet"):
@@ -39,7 +39,7 @@ def documents(path: str | Path, tokenizer) -> Iterator[str]:
             f"{path}: expected a file named .txt, .jsonl, .json or .parquet, got '{path.suffix}'. Rename it."
         )
     if path.is_file() and not path.stat().st_size:
-        raise ValueError(f"{path}: expected rows, got an empty file.")
+        raise ValueError(f"{path}: expected rows, got an empty file. Write some, or name another.")
     for row in read_rows(path):
         kind = row_type(row)
         columns = {"text": ("text",), "messages": ("messages",), "prompt_completion": ("prompt", "completion"),

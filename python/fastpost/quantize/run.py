@@ -72,13 +72,14 @@ def quantize_model(
         facts: what else to put in the note.
 
     Raises:
-        ValueError: a model that is quantised already; see expect_ready; NaN or infinity on the way. Nothing appears at `out` then.
+        ValueError: a model that is quantised already; see expect_ready; NaN or infinity on the way. Nothing appears at
+            `out` then.
     """
     out = Path(out)
     folder.expect_new(out)
     expect_plain(folder.locate(source).base)
     blocks = Blocks(source, device)
-    expect_ready(blocks, how, rows)
+    expect_ready(blocks, how, rows, held_out)
     desk = _Desk(out, _identity(blocks, how, rows))
     done = desk.finished(len(blocks), rows is not None and how.needs != "nothing")
     _walk(blocks, how, rows, desk, done)
@@ -106,12 +107,14 @@ def quantize_model(
                   after, done)  # fmt: skip
 
 
-def expect_ready(blocks: Blocks, how: Settings, rows: torch.Tensor | None) -> None:
+def expect_ready(
+    blocks: Blocks, how: Settings, rows: torch.Tensor | None, held_out: torch.Tensor | None = None
+) -> None:
     """Look for every mistake that can be seen before the work begins.
 
     Raises:
-        ValueError: NaN or infinity in the model, groups that do not divide a layer, no calibration for a method that needs
-            it, tokens that the model does not have, rows longer than it can read.
+        ValueError: NaN or infinity in the model, groups that do not divide a layer, no calibration for a method that
+            needs it, tokens that the model does not have, rows longer than it can read.
     """
     if how.needs != "nothing" and (rows is None or not rows.numel()):
         raise ValueError(f"quantize: {how.method} needs calibration text, got none. Give --calibration FILE.")
@@ -124,15 +127,18 @@ def expect_ready(blocks: Blocks, how: Settings, rows: torch.Tensor | None) -> No
                     check_groups(how.method, how.group_size, linear.in_features)
                 except ValueError as error:
                     raise ValueError(f"{blocks.prefix}{i}.{name}: {error}") from None
-    if rows is not None:
-        vocabulary = blocks.model.get_input_embeddings().weight.shape[0]
-        limit = getattr(blocks.config.get_text_config(), "max_position_embeddings", None)
-        if rows.numel() and int(rows.max()) >= vocabulary:
+    vocabulary = blocks.model.get_input_embeddings().weight.shape[0]
+    limit = getattr(blocks.config.get_text_config(), "max_position_embeddings", None)
+    for tokens in (t for t in (rows, held_out) if t is not None and t.numel()):
+        if (largest := int(tokens.max())) >= vocabulary:
             raise ValueError(
-                f"{blocks.path}: its tokenizer makes token {int(rows.max())}, but it has {vocabulary} tokens."
+                f"{blocks.path}: its tokenizer makes token {largest}, but the model has {vocabulary}. Take the "
+                "tokenizer that belongs to it."
             )
-        if limit and rows.shape[1] > limit:
-            raise ValueError(f"quantize: --length: {blocks.path} reads {limit} tokens at most, got {rows.shape[1]}.")
+        if limit and tokens.shape[1] > limit:
+            raise ValueError(
+                f"quantize: --length: {blocks.path} reads {limit} tokens at most, got {tokens.shape[1]}. Take less."
+            )
     for key in progress(list(blocks.stored.entries), "check weights", unit="tensors"):
         tensor = blocks.stored.get(key)
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
