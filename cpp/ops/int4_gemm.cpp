@@ -13,6 +13,7 @@
 #include "core/parallel.h"
 #include "cuda/ops.h"
 #include "ops.h"
+#include "ops/int4_gemm_int8_simd.h"
 #include "ops/int4_gemm_simd.h"
 #include "ops/linear_logprob_fused_simd.h"
 
@@ -60,6 +61,7 @@ struct Shape {
   int64_t m, n, k, blocks, steps;  // blocks of columns; steps: words of a row of W
   bool pairs;
   int64_t lanes, panels, row_words, block_rows;  // panels of rows of x; rows of W that are decoded at a time
+  int64_t sum_steps;                             // summed on their own: a chain of thousands costs float32 a digit
 
   Shape(int64_t rows, int64_t outputs, int64_t columns, DType dtype)
       : m(rows), n(outputs), k(columns), blocks((k + int4::kBlock - 1) / int4::kBlock) {
@@ -68,11 +70,28 @@ struct Shape {
     lanes = fused_kernels().lanes;
     panels = (m + lanes - 1) / lanes;
     row_words = steps + 16;  // a cache line more, so that rows do not fight for the same places
+    sum_steps = pairs ? steps : 512;
     block_rows = std::clamp<int64_t>(kDecodedBytes / (4 * row_words) / 48 * 48, 12, kMaxBlock);
   }
   bool few() const { return m <= (pairs ? 32 : kFewRows); }
+  bool digits() const { return m == 1; }  // what int8 multipliers do with one row of x
   int64_t row_blocks() const { return (n + block_rows - 1) / block_rows; }
+  int64_t int8_panels() const { return (n + kInt8Rows - 1) / kInt8Rows; }
   int64_t tiles() const { return (m + kBackwardSums - 1) / kBackwardSums * blocks; }
+};
+
+struct Int8Space {
+  Int8Rows x;
+  uint8_t* codes;         // [slots][kInt8Rows][blocks][128]
+  float *scales, *zeros;  // [slots][blocks][4][kInt8Rows]
+  Int8Space(Arena& a, const Shape& s, int64_t slots)
+      : x{a.take<int8_t>(std::max<int64_t>(s.m, 2) * s.blocks * int4::kBlock), a.take<float>(s.m * s.blocks * 4),
+          a.take<float>(s.m * s.blocks * 4)},
+        codes(a.take<uint8_t>(s.digits() ? 0 : slots * codes_of(s))),
+        scales(a.take<float>(s.digits() ? 0 : slots * scales_of(s))),
+        zeros(a.take<float>(s.digits() ? 0 : slots * scales_of(s))) {}
+  static int64_t codes_of(const Shape& s) { return kInt8Rows * s.blocks * int4::kBlock; }
+  static int64_t scales_of(const Shape& s) { return kInt8Rows * s.blocks * 4; }
 };
 
 struct ForwardSpace {
@@ -81,6 +100,13 @@ struct ForwardSpace {
   ForwardSpace(Arena& a, const Shape& s, int64_t slots)
       : x(a.take<uint32_t>(s.steps * (s.few() ? s.m : s.panels * s.lanes))),
         w(a.take<uint32_t>(s.few() ? 0 : slots * s.block_rows * s.row_words)) {}
+};
+
+// Without int8 multipliers, or with a table: x is rounded as it would be and goes on as float32.
+struct RoundedSpace {
+  float* x;
+  ForwardSpace rest;
+  RoundedSpace(Arena& a, const Shape& s, int64_t slots) : x(a.take<float>(s.m * s.k)), rest(a, s, slots) {}
 };
 
 struct BackwardSpace {
@@ -164,6 +190,43 @@ void few_rows(const Shape& s, const Tensor& x, const Int4Rows& w, const Tensor& 
   });
 }
 
+// One row of x as two digits: half the work of bfloat16 and finer. False if x holds NaN or infinity.
+bool one_row(const Shape& s, const Tensor& x, const Int4Rows& w, const Tensor& bias, const Int8Rows& digits,
+             const Tensor& out) {
+  if (!int8_kernels().pack_digits(w, x.dtype, x.data, digits)) return false;
+  for_steps(s.n, [&](int64_t begin, int64_t end) {
+    float y[kStep];
+    int8_kernels().multiply_digits(w, begin, end, digits, y);
+    int4_kernels().finish(y, end - begin, out.dtype, bias_at(bias, begin),
+                          out.ptr<char>() + begin * itemsize(out.dtype));
+  });
+  return true;
+}
+
+void int8_rows(const Shape& s, const Tensor& x, const Int4Rows& w, const Tensor& bias, const Int8Space& space,
+               int64_t slots, const Tensor& out) {
+  parallel_for(s.m, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) int8_kernels().pack(w, x.dtype, x.row(i), i, space.x);
+  });
+  for_slots(slots, s.int8_panels(), [&](int64_t slot, int64_t first, int64_t last) {
+    uint8_t* codes = space.codes + slot * Int8Space::codes_of(s);
+    float* scales = space.scales + slot * Int8Space::scales_of(s);
+    float* zeros = space.zeros + slot * Int8Space::scales_of(s);
+    for (int64_t begin = first * kInt8Rows; begin < std::min(last * kInt8Rows, s.n); begin += kInt8Rows) {
+      int8_kernels().decode(w, begin, codes, scales, zeros);
+      for (int64_t top = 0; top < s.m; top += kFewRows) {
+        const int64_t rows = std::min<int64_t>(kFewRows, s.m - top);
+        alignas(64) float y[kFewRows * kInt8Rows];
+        int8_kernels().multiply(w, codes, scales, zeros, space.x, top, rows, y);
+        for (int64_t i = 0; i < rows; ++i) {
+          int4_kernels().finish(y + i * kInt8Rows, std::min<int64_t>(kInt8Rows, s.n - begin), out.dtype,
+                                bias_at(bias, begin), out.row(top + i) + begin * itemsize(out.dtype));
+        }
+      }
+    }
+  });
+}
+
 void many_rows(const Shape& s, const Tensor& x, const Int4Rows& w, const Tensor& bias, const ForwardSpace& space,
                int64_t slots, const Tensor& out) {
   const Int4Kernels& kernels = int4_kernels();
@@ -176,13 +239,42 @@ void many_rows(const Shape& s, const Tensor& x, const Int4Rows& w, const Tensor&
       for (int64_t r = 0; r < rows; ++r) kernels.decode(s.pairs, w, begin + r, decoded + r * s.row_words);
       for (int64_t p = 0; p < s.panels; ++p) {
         const int64_t used = std::min(s.m - p * s.lanes, s.lanes);
-        fused_kernels().multiply(s.pairs, decoded, s.row_words, 1, rows, space.x + p * s.steps * s.lanes, s.steps, used,
-                                 sums, s.lanes, false);
+        const uint32_t* panel = space.x + p * s.steps * s.lanes;
+        for (int64_t k = 0; k < s.steps; k += s.sum_steps) {
+          fused_kernels().multiply(s.pairs, decoded + k, s.row_words, 1, rows, panel + k * s.lanes,
+                                   std::min(s.sum_steps, s.steps - k), used, sums, s.lanes, k > 0);
+        }
         kernels.finish_across(sums, s.lanes, rows, used, out.dtype, bias_at(bias, begin),
                               out.row(p * s.lanes) + begin * itemsize(out.dtype), row_bytes(out));
       }
     }
   });
+}
+
+void float_rows(const Shape& s, const Tensor& x, const Int4Rows& w, const Tensor& bias, const ForwardSpace& space,
+                int64_t slots, const Tensor& out) {
+  s.few() ? few_rows(s, x, w, bias, space.x, out) : many_rows(s, x, w, bias, space, slots, out);
+}
+
+void forward(const Tensor& x, const Int4Rows& w, const Tensor& bias, int64_t activation_bits, const Tensor& workspace,
+             const Tensor& out) {
+  const Shape s(x.size(0), w.n, w.k, x.dtype);
+  if (int8_kernels().there && !w.table && (activation_bits == 8 || (s.digits() && s.pairs))) {
+    const auto [space, slots] = take_space<Int8Space>(workspace, x, s, s.int8_panels());
+    if (!s.digits()) return int8_rows(s, x, w, bias, space, slots, out);
+    if (one_row(s, x, w, bias, space.x, out)) return;
+  } else if (activation_bits == 8) {
+    const Shape floats(s.m, s.n, s.k, DType::Float32);
+    const auto [space, slots] = take_space<RoundedSpace>(workspace, x, floats, floats.row_blocks());
+    for (int64_t i = 0; i < s.m; ++i) int4_kernels().round_to_int8(x.dtype, x.row(i), s.k, space.x + i * s.k);
+    Tensor rounded = x;
+    rounded.data = space.x;
+    rounded.dtype = DType::Float32;
+    rounded.strides = nullptr;
+    return float_rows(floats, rounded, w, bias, space.rest, slots, out);
+  }
+  const auto [space, slots] = take_space<ForwardSpace>(workspace, x, s, s.row_blocks());
+  float_rows(s, x, w, bias, space, slots, out);
 }
 
 void backward(const Shape& s, const Tensor& grad, const Int4Rows& w, const BackwardSpace& space, int64_t slots,
@@ -228,16 +320,22 @@ bool int4_gemm_fits(Tensor x, Tensor codes, Tensor scales, Tensor table) {
   return x.device == Device::CUDA ? cuda::int4_gemm_fits(x, codes, scales, table) : true;
 }
 
-int64_t int4_gemm_bytes(Tensor x, Tensor codes, int64_t columns, bool backward, int64_t, int64_t threads) {
+int64_t int4_gemm_bytes(Tensor x, Tensor codes, int64_t columns, bool backward, int64_t activation_bits,
+                        int64_t threads) {
   if (x.device == Device::CUDA) return cuda::int4_gemm_bytes(x, codes);
   const Shape s(x.size(0), codes.size(0), columns, x.dtype);
-  Arena arena{nullptr};
+  Arena arena{nullptr}, of_int8{nullptr}, rounded{nullptr};
   if (backward) {
     BackwardSpace(arena, s, std::min(threads, s.tiles()), rows_are_words(x, s));
-  } else {
-    ForwardSpace(arena, s, std::min(threads, s.row_blocks()));
+    return arena.used;
   }
-  return arena.used;
+  ForwardSpace(arena, s, std::min(threads, s.row_blocks()));
+  if (activation_bits == 8 || s.digits()) Int8Space(of_int8, s, std::min(threads, s.int8_panels()));
+  if (activation_bits == 8) {
+    const Shape floats(s.m, s.n, s.k, DType::Float32);
+    RoundedSpace(rounded, floats, std::min(threads, floats.row_blocks()));
+  }
+  return std::max({arena.used, of_int8.used, rounded.used});
 }
 
 void int4_gemm(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor table, int64_t group_size, Tensor bias,
@@ -256,11 +354,7 @@ void int4_gemm(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor table
     return cuda::int4_gemm(x, codes, scales, zeros, table, group_size, bias, workspace, out);
   }
   if (m == 0 || n == 0) return;
-  const Int4Rows w = rows_of(codes, scales, zeros, table, k, group_size);
-  const Shape s(m, n, k, x.dtype);
-  const auto [space, slots] = take_space<ForwardSpace>(workspace, x, s, s.row_blocks());
-  if (s.few()) return few_rows(s, x, w, bias, space.x, out);
-  many_rows(s, x, w, bias, space, slots, out);
+  forward(x, rows_of(codes, scales, zeros, table, k, group_size), bias, activation_bits, workspace, out);
 }
 
 void int4_gemm_backward(Tensor grad, Tensor codes, Tensor scales, Tensor zeros, Tensor table, int64_t group_size,
