@@ -25,6 +25,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastpost.nn.int4_linear import stands_for
+
 from .config import Config, GroupConfig
 from .ema import Ema
 from .gradients import Gradients, local, pieces
@@ -83,7 +85,10 @@ class AdamW:
         parameters = Parameters(model if isinstance(model, torch.nn.Module) else list(model))
         grouped = _resolve(parameters, groups or {})
         embeddings = _embeddings(model) if isinstance(model, torch.nn.Module) else set()
+        packed = stands_for(model) if isinstance(model, torch.nn.Module) else {}
         for name, p in parameters.items():
+            if id(p) in packed:  # four-bit layers: their scales have a dtype of their own
+                continue
             if p.requires_grad and not p.is_contiguous():
                 raise ValueError(f"[optim] {name}: expected a contiguous parameter. Call .contiguous() on it first.")
             remainder = _narrow(p, COMPUTE_DTYPE[precision], keep=precision == "bf16" and p.requires_grad)
