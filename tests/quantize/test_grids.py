@@ -8,7 +8,7 @@ import torch
 from drawn_matrices import draw
 
 from fastpost.int4 import int4_quantize
-from fastpost.quantize.db_llm import db_llm, two_planes
+from fastpost.quantize.db_llm import db_llm, refined, values
 from fastpost.quantize.grid import Grid
 from fastpost.quantize.ir_qlora import SIGMA, best_shifts, entropy, ir_qlora, shifted_codes
 from fastpost.quantize.nf4 import nf4
@@ -138,17 +138,18 @@ def test_shifted_blocks_are_followed():
 def test_two_planes_give_four_values():
     made = db_llm(draw(8, 256)[0], 64)
     for group in made.weight.reshape(-1, 64):
-        values = group.unique().tolist()
-        assert len(values) <= 4 and 0.0 in values
-        if len(values) == 4:  # 0, a, b and a + b
-            assert min(abs(2 * v - sum(values)) for v in values) < 1e-5
+        found = group.unique().tolist()
+        assert len(found) <= 4 and 0.0 in found
+        if len(found) == 4:  # 0, a, b and a + b
+            assert min(abs(2 * v - sum(found)) for v in found) < 1e-5
     assert made.bits == 2.5
 
 
 def test_planes_never_get_worse_and_beat_the_grid():
     groups = draw(16, 256)[0].reshape(-1, 64)
     step = groups.abs().amax(1) / 2
-    errors = [(two_planes(groups, step, rounds) - groups).square().sum(1) for rounds in (0, 1, 2, 5, 20)]
+    scales = [refined(groups, 2 * step, -step, rounds) for rounds in (0, 1, 2, 5, 20)]
+    errors = [(values(groups, *pair) - groups).square().sum(1) for pair in scales]
     assert all((a >= b - 1e-4).all() for a, b in pairwise(errors))
     found = (db_llm(groups, -1).weight - groups).square().sum(1)
     assert (found <= errors[-1] + 1e-4).all()

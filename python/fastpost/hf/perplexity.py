@@ -75,9 +75,8 @@ def perplexity(
     for begin, first, end in progress(found, "perplexity", unit="windows"):
         ids = tokens[begin:end].to(device)
         hidden = backbone(input_ids=ids[None], use_cache=False).last_hidden_state[0, first - begin - 1 : -1]
-        wide = hidden.dtype == torch.float32 or parts.weight.dtype == hidden.dtype
         logprob = linear_logprob(
-            hidden if wide else hidden.to(parts.weight.dtype), parts.weight, ids[first - begin :], bias=parts.bias,
+            hidden.to(parts.weight.dtype), parts.weight, ids[first - begin :], bias=parts.bias,
             softcap=parts.softcap, temperature=parts.temperature,
         )  # fmt: skip
         loss -= float(logprob.double().sum())

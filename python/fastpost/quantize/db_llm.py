@@ -7,16 +7,19 @@ import torch
 
 from .grid import Quantized, check_groups, check_matrix
 
-STARTS = tuple(0.3 + 0.05 * i for i in range(15))
-"""Where the search for the scales begins, as shares of half the group's largest weight: 0.30 to 1.00."""
-ROUNDS = 20
+STARTS = tuple(0.3 + 0.1 * i for i in range(8))
+"""Where the search for the scales begins, as shares of half the group's largest weight: 0.3 to 1.0."""
+TRIED, ROUNDS = 4, 16
+"""Rounds for each start, and for the best of them."""
+PIECE = 1 << 13
+"""Groups at a time, so that the memory for trials is bounded."""
 
 
 def db_llm(weight: torch.Tensor, group_size: int = 128) -> Quantized:
     """The part of DB-LLM (Chen et al. 2024) that needs neither data nor training: ``w = α₁ b₁ + α₂ b₂``, b in {0, 1}.
 
     The planes begin as a two-bit grid, α₁ = 2s and α₂ = -s, that is the values -s, 0, s and 2s; then nearest values and
-    least-squares scales alternate, which never makes the error larger; s may be negative, and the best of 15 begins is
+    least-squares scales alternate, which never makes the error larger; s may be negative, and the best of 16 begins is
     kept for each group. Left out: the authors train the scales through a straight-through estimator and distil from the
     full model with weights for uncertain tokens (deviation-aware distillation); results are therefore not theirs.
 
@@ -31,25 +34,35 @@ def db_llm(weight: torch.Tensor, group_size: int = 128) -> Quantized:
     n, k = weight.shape
     group_size = check_groups("db_llm", group_size, k)
     groups = weight.reshape(-1, group_size)
-    best, out = torch.full_like(groups[:, 0], torch.inf), torch.zeros_like(groups)
+    out = torch.cat([_best(piece) for piece in groups.split(PIECE)])
+    return Quantized(out.view(n, k), 2 + 2 * 16 / group_size, 2)
+
+
+def _best(groups: torch.Tensor) -> torch.Tensor:
+    """The values of groups [B, g] with the best scales that were found."""
+    least = torch.full_like(groups[:, 0], torch.inf)
+    first, second = torch.zeros_like(least), torch.zeros_like(least)
     largest = groups.abs().amax(1) / 2
-    for start in STARTS:
-        for sign in (1, -1):
-            values = two_planes(groups, sign * start * largest)
-            error = (groups - values).square().sum(1)
-            better = error < best
-            best = torch.where(better, error, best)
-            out = torch.where(better[:, None], values, out)
-    scales = 2 * 16 / group_size
-    return Quantized(out.view(n, k), 2 + scales, 2)
+    for start in (sign * share for share in STARTS for sign in (1, -1)):
+        scales = refined(groups, 2 * start * largest, -start * largest, TRIED)
+        error = (groups - values(groups, *scales)).square().sum(1)
+        better = error < least
+        least = torch.where(better, error, least)
+        first, second = torch.where(better, scales[0], first), torch.where(better, scales[1], second)
+    return values(groups, *refined(groups, first, second, ROUNDS))
 
 
-def two_planes(groups: torch.Tensor, step: torch.Tensor, rounds: int = ROUNDS) -> torch.Tensor:
-    """Values [B, g] that groups [B, g] get from scales that begin at 2 step and -step [B]."""
-    first, second = 2 * step, -step
+def refined(
+    groups: torch.Tensor, first: torch.Tensor, second: torch.Tensor, rounds: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales [B] after `rounds` of nearest planes and least squares; the error never grows."""
     for _ in range(rounds):
-        one, two = _planes(groups, first, second)
-        first, second = _scales(groups, one, two, first, second)
+        first, second = _scales(groups, *_planes(groups, first, second), first, second)
+    return first, second
+
+
+def values(groups: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """What groups [B, g] become with these scales [B]."""
     one, two = _planes(groups, first, second)
     return first[:, None] * one + second[:, None] * two
 

@@ -70,6 +70,12 @@ def read_layer(file: Path) -> Layer:
     return Layer(plain, int4, json.loads(metadata["report"]))
 
 
+def read_report(file: Path) -> dict[str, dict]:
+    """Layer.report alone, without its tensors."""
+    with safe_open(file, "pt") as opened:
+        return json.loads(opened.metadata()["report"])
+
+
 def write_hidden(file: Path, hidden: Hidden) -> None:
     _save({f"{i:06d}": row for i, row in enumerate(hidden)}, file)
 

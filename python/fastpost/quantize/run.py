@@ -21,7 +21,7 @@ from .awq import awq_move, awq_round, awq_scales
 from .blocks import Blocks, Hidden, Inputs
 from .fold import check_unchanged, places
 from .grid import Quantized, check_groups
-from .layer_files import Layer, read_hidden, read_layer, write_hidden, write_layer
+from .layer_files import Layer, read_hidden, read_layer, read_report, write_hidden, write_layer
 from .methods import Settings, quantize_matrix
 from .output import expect_plain, plain_dtype, write_folder
 from .smoothquant import round_activations, smooth_block, smooth_weight
@@ -83,7 +83,7 @@ def quantize_model(
     desk = _Desk(out, _identity(blocks, how, rows))
     done = desk.finished(len(blocks), rows is not None and how.needs != "nothing")
     _walk(blocks, how, rows, desk, done)
-    total, reports = _Totals(), [desk.layer(i).report for i in range(len(blocks))]
+    total, reports = _Totals(), [desk.report(i) for i in range(len(blocks))]
     for report in reports:
         total.add(report)
     before = after = None
@@ -157,7 +157,7 @@ def streamed_losses(
         block = blocks.block(i, None if states is None else next(states))
         if names is not None:
             round_activations(block, bits, names[i])
-        hidden = list(blocks.run(i, block, hidden))
+        _advance(blocks, i, block, hidden)
     return blocks.losses(hidden, rows)
 
 
@@ -175,7 +175,7 @@ def _walk(blocks: Blocks, how: Settings, rows: torch.Tensor | None, desk: _Desk,
     for i in progress(range(done, len(blocks)), "quantize", unit="blocks"):
         block = blocks.block(i)
         if how.needs == "block":
-            layer, hidden = _moved_scales(blocks, i, block, how, hidden)
+            layer = _moved_scales(blocks, i, block, how, hidden)
         else:
             inputs = Inputs(block)
             if calibrated:
@@ -191,14 +191,21 @@ def _walk(blocks: Blocks, how: Settings, rows: torch.Tensor | None, desk: _Desk,
             if calibrated:
                 # What the next block is given comes from the weights as they are stored.
                 block.load_state_dict({name: t.float() for name, t in layer.state().items()})
-                hidden = list(blocks.run(i, block, hidden))
+                _advance(blocks, i, block, hidden)
         desk.keep(i, layer, hidden)
 
 
-def _moved_scales(blocks: Blocks, i: int, block: nn.Module, how: Settings, hidden: Hidden) -> tuple[Layer, Hidden]:
-    """A block by AWQ or SmoothQuant, and what the block gave before: the next one is calibrated on the exact model."""
+def _advance(blocks: Blocks, i: int, block: nn.Module, hidden: Hidden) -> None:
+    """Put what the block gives in the place of what it was given; there is never a second set of hidden states."""
+    for row, out in enumerate(blocks.run(i, block, hidden)):
+        hidden[row] = out
+
+
+def _moved_scales(blocks: Blocks, i: int, block: nn.Module, how: Settings, hidden: Hidden) -> Layer:
+    """A block by AWQ or SmoothQuant. `hidden` becomes what the block gave before: the next is calibrated on the exact
+    model."""
     awq, dtype = how.method == "awq", folder.stored_dtype(blocks.path)
-    length = hidden[0].shape[1]
+    length, first = hidden[0].shape[1], hidden[0]
     inputs = Inputs(block, hessian=False, every=max(1, len(hidden) * length // SAMPLE_TOKENS) if awq else 0)
     folds, calls, handles = places(block, between=awq), {}, []
     searched = max(1, SEARCH_TOKENS // length) if awq else 0
@@ -211,7 +218,7 @@ def _moved_scales(blocks: Blocks, i: int, block: nn.Module, how: Settings, hidde
 
         handles.append(block.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True))
     with inputs.gathered():
-        outputs = list(blocks.run(i, block, hidden))
+        _advance(blocks, i, block, hidden)
     for handle in handles:
         handle.remove()
     linears, made = blocks.linears(block), {}
@@ -223,7 +230,7 @@ def _moved_scales(blocks: Blocks, i: int, block: nn.Module, how: Settings, hidde
         awq_move(block, folds, scales, sample, dtype)
     else:
         smooth_block(block, folds, {name: inputs.of(name).max_abs for name in linears}, how.alpha, dtype)
-    check_unchanged(block, outputs[0], next(blocks.run(i, block, hidden[:1])), how.method)
+    check_unchanged(block, hidden[0], next(blocks.run(i, block, [first])), how.method)
     for name, linear in linears.items():
         full = f"{blocks.prefix}{i}.{name}"
         try:
@@ -234,7 +241,7 @@ def _moved_scales(blocks: Blocks, i: int, block: nn.Module, how: Settings, hidde
         except ValueError as error:
             raise ValueError(f"{full}: {error}") from None
         made[name] = (linear.weight.clone(), quantized)
-    return _layer(blocks, i, block, how, made), outputs
+    return _layer(blocks, i, block, how, made)
 
 
 def _layer(
@@ -342,6 +349,9 @@ class _Desk:
 
     def layer(self, i: int) -> Layer:
         return read_layer(self._layer(i))
+
+    def report(self, i: int) -> dict[str, dict]:
+        return read_report(self._layer(i))
 
     def hidden(self, i: int) -> Hidden:
         return read_hidden(self._hidden(i))
