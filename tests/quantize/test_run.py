@@ -136,6 +136,17 @@ def test_a_killed_run_goes_on_to_the_same_bits(model, tmp_path, method, monkeypa
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
 
 
+def test_ended_between_two_files(model, tmp_path):
+    """A block is finished when what comes after it is there, too."""
+    desk = run._Desk(tmp_path / "out", {"a": 1})
+    for i in range(2):
+        desk.keep(i, Layer({"x": torch.zeros(1)}), [torch.ones(1, 2, 3) * i])
+    assert desk.finished(5, True) == 2 and torch.equal(desk.hidden(2)[0], torch.ones(1, 2, 3))
+    assert sorted(f.name for f in desk.path.glob("hidden*")) == ["hidden-00002.safetensors"]
+    write_layer(desk._layer(2), Layer({}))
+    assert desk.finished(5, True) == 2 and desk.finished(5, False) == 3 and desk.finished(3, True) == 3
+
+
 def test_another_folder_in_the_way(model, tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial/mine.txt").write_text("x")

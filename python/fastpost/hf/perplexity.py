@@ -91,21 +91,9 @@ def load(path: str | Path, dtype: torch.dtype) -> torch.nn.Module:
     from fastpost.quantize.smoothquant import round_activations
 
     place = folder.locate(path)
-    if place.adapter is None and quantized(place.base):
-        from fastpost.hf.int4_folder import load_int4
-
-        model = load_int4(place.base, dtype, "sdpa")
-    else:
-        model = adapter.load(path, dtype, "sdpa", check=False)
+    model = adapter.load_place(place, dtype, "sdpa", check=False)
     note = read_note(place.base)
     if note and note.get("activation_bits"):
         layers = {name for name, _ in lora.inner(model).named_modules()} & set(note["activation_layers"])
         round_activations(lora.inner(model), note["activation_bits"], sorted(layers))
     return model
-
-
-def quantized(path: Path) -> bool:
-    """Whether a model folder's config.json says that its layers are quantised."""
-    from fastpost.hf.int4_folder import quantization_of
-
-    return quantization_of(path) is not None
