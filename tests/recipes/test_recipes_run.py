@@ -14,7 +14,8 @@ from fastpost import cli
 from fastpost.cli.recipes import GPU, recipes
 from fastpost.data.collate import IGNORE
 from fastpost.data.mixture import Mixture
-from fastpost.hf import smollm2
+from fastpost.hf import int4_lora, smollm2
+from fastpost.nn import Int4Linear, ShiftedInt4Linear
 from fastpost.train.forward import forward, load_policy
 from fastpost.train.plan import Plan
 from shipped import LONG, Run, logprob, plain_model, scored, token_logprobs
@@ -157,6 +158,21 @@ def anita_dpo(r: Run):
     model = load_policy(r.cfg, torch.device("cpu"))
     scales = {m.scaling["default"] for m in model.modules() if hasattr(m, "lora_A")}
     assert scales == {16 / math.sqrt(64)}
+    assert {m.scheme for m in model.modules() if isinstance(m, Int4Linear)} == {"nf4"}
+
+
+def ir_qlora(r: Run):
+    """The loss of the dequantised base, by plain transformers: the adapter changes nothing yet, its connections too."""
+    policy = load_policy(r.cfg, torch.device("cpu"))
+    shifted = [m for m in policy.modules() if isinstance(m, ShiftedInt4Linear)]
+    assert len(shifted) == 14 and all(m.shift.abs().max() > 0 for m in shifted)
+    base = int4_lora.dequantized(policy.unload()).eval()
+    base.set_attn_implementation("eager")
+    each = torch.cat([scored(base, s) for s in r.sequences])
+    assert r.first["loss"] == pytest.approx(-each.mean().item(), rel=1e-4)
+    assert prompt_label_counts(r) is False
+    trained = load_file(r.path / "adapter" / "adapter_model.safetensors")
+    assert sum(t.abs().max() > 0 for name, t in trained.items() if "connection_out" in name) == 14
 
 
 def shares(*expected):
@@ -251,6 +267,7 @@ CHECKS = {
     "two-part-sft": (two_part, ()),
     "anita-sft": (full_text, ()),
     "anita-dpo": (anita_dpo, ()),
+    "ir-qlora": (ir_qlora, ("--model.lora.rank", "16")),  # the tiny model is narrower than the real one's rank
     "cpt-syne": (syne, ()),
     "cpt-me-llama": (me_llama, ()),
     "cpt-stability-gap": (stability_gap, ()),
@@ -279,7 +296,8 @@ def test_its_data_can_be_looked_at(shared, monkeypatch, capsys, name):
     assert ("wanted" in out) == ("epoch_tokens:" in text)
 
 
-FORM = {"kto": "marks", "refuel": "dialogues", "sft": "pairs", "two-part-sft": "parts", "anita-sft": "chats"}
+FORM = {"kto": "marks", "refuel": "dialogues", "sft": "pairs", "two-part-sft": "parts", "anita-sft": "chats",
+        "ir-qlora": "chats"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in recipes() if name.endswith(GPU)])
@@ -302,6 +320,8 @@ def test_the_second_file_trains_too(shared, tmp_path, monkeypatch, capfd, name):
         overrides += ["--data.max_length", "64", "--data.epoch_tokens", "4096"]
     else:
         overrides += [*LONG[: 2 if "max_prompt_length" not in text else 4], "--data.limit", "8"]
+    if name == "ir-qlora-gpu":
+        overrides += ["--model.lora.rank", "16"]
     if name == "sft-gpu":
         overrides += ["--data.columns", "{completion: chosen}"]
     if name == "inpo-gpu":

@@ -96,6 +96,12 @@ def test_merged_and_requantized(finished, tmp_path, capsys):
     assert not any(isinstance(m, Int4Linear) for m in merged.modules())
     assert export.difference(merged(ids).logits, before) < 1e-4
     assert load_file(out / "model.safetensors").keys() == load_file(tmp / "model/model.safetensors").keys()
+    out = export.export(run, tmp_path / "original", original=True, dtype="fp32", say=said.append)
+    assert "check  upon the original weights: logits differ by" in said[2]
+    original = adapter.moved(adapter.load(run), folder.load_model(tmp / "model"), quantize=False).eval()
+    assert export.difference(folder.load_model(out)(ids).logits, original(ids).logits) < 1e-4
+    with pytest.raises(ValueError, match="expected one of --original and --requantize"):
+        export.export(run, tmp_path / "both", original=True, requantize=True)
     if kind == "ir":
         with pytest.raises(ValueError, match="expected layers without shifts, which no folder holds"):
             export.export(run, tmp_path / "again", requantize=True, say=said.append)

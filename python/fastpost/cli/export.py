@@ -38,11 +38,17 @@ def main(argv: list[str]) -> int:
         action="store_true",
         help="merge, and write the layers of a base model in four bits in four bits again; the error is printed",
     )
+    parser.add_argument(
+        "--original",
+        action="store_true",
+        help="merge into the base folder's own weights where model.quantize held them in four bits; the difference to "
+        "what was trained is printed",
+    )
     args = parser.parse_args(argv)
 
     from fastpost.train.export import export
 
     options = {"ema": args.ema, "average": args.average, "updates": args.updates, "merge": args.merge,
-               "requantize": args.requantize}  # fmt: skip
+               "requantize": args.requantize, "original": args.original}  # fmt: skip
     print(export(args.run, args.out, step=args.step, dtype=args.dtype, **options))
     return 0

@@ -134,11 +134,12 @@ def shaped(model: torch.nn.Module, path: Path):
     return _put_on(model, config, _has_connections(path))
 
 
-def moved(model, base: torch.nn.Module):
-    """The adapter of `model` on `base`, another copy of its base model, quantised as that was."""
+def moved(model, base: torch.nn.Module, *, quantize: bool = True):
+    """The adapter of `model` on `base`, another copy of its base model, quantised as that was, or left as it is."""
     from fastpost.hf import int4_lora
 
-    int4_lora.base_format(model).apply(base)
+    if quantize:
+        int4_lora.base_format(model).apply(base)
     config = copy.deepcopy(model.peft_config["default"])
     return _fill(_put_on(base, config, int4_lora.has_connections(model)), tensors_of(model))
 

@@ -43,7 +43,8 @@ class ShiftedInt4Linear(Int4Linear):
             raise ValueError(f"[ShiftedInt4Linear] scheme: expected nf4 with float32 scales, got {scheme!r}.")
         n, k = linear.out_features, linear.in_features
         group_size = check_group_size("ShiftedInt4Linear", group_size, k)
-        if k % group_size:
+        block = min(group_size, k)  # one group of all columns may be longer than they are
+        if k % block:
             raise ValueError(
                 f"[ShiftedInt4Linear] group_size: expected a divisor of the {k} columns, got {group_size}."
             )
@@ -56,7 +57,7 @@ class ShiftedInt4Linear(Int4Linear):
 
             if not torch.isfinite(weight).all():
                 raise ValueError("[ShiftedInt4Linear] linear: expected finite weights, got NaN or infinity.")
-            blocks = weight.float().reshape(-1, group_size)
+            blocks = weight.float().reshape(-1, block)
             shifts = best_shifts(blocks).bfloat16()
             codes, scales = shifted_codes(blocks, shifts.float())
             scales, nested = torch.where(scales > 0, scales, 1.0).view(n, -1), None
@@ -70,11 +71,11 @@ class ShiftedInt4Linear(Int4Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = super().forward(x)
-        sums = x.to(out.dtype).unflatten(-1, (-1, self.group_size)).sum(-1)
+        sums = x.to(out.dtype).unflatten(-1, (-1, min(self.group_size, self.in_features))).sum(-1)
         return out + nn.functional.linear(sums, self.shift.to(out.dtype))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        shift = self.shift.float().repeat_interleave(self.group_size, 1)
+        shift = self.shift.float().repeat_interleave(min(self.group_size, self.in_features), 1)
         return (super().dequantize() + shift).to(dtype)
 
     def replace_weight(self, weight: Int4Weight) -> None:

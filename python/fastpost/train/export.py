@@ -34,22 +34,26 @@ def export(
     average: str | None = None,
     updates: bool = False,
     requantize: bool = False,
+    original: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Write the result of `run` at checkpoint `step` (None: the final one, else the newest checkpoint) to `out`: a
     Hugging Face folder, or a peft folder for a run that trained an adapter. `run` may also be an adapter folder.
 
     merge: the base model with the adapter in its weights; upon a base in four bits, which training saw, these are its
-    dequantised weights. requantize: merge, and put them in four bits again, each layer in its former format. ema: the
-    moving average of the weights instead. average: the mean of several checkpoints, see averaging.sources. updates:
-    also say how far each layer has moved from the start model. dtype None = as the files that training began with
-    (float32 for an adapter). In bf16 training a checkpoint also holds what bf16 cannot, so fp32 is exact. What was
-    written is loaded again and its logits are compared; `say` gets the largest difference.
+    dequantised weights. requantize: merge, and put them in four bits again, each layer in its former format. original:
+    merge into the base folder's own weights, from which model.quantize made those in four bits. ema: the moving average
+    of the weights instead. average: the mean of several checkpoints, see averaging.sources. updates: also say how far
+    each layer has moved from the start model. dtype None = as the files that training began with (float32 for an
+    adapter). In bf16 training a checkpoint also holds what bf16 cannot, so fp32 is exact. What was written is loaded
+    again and its logits are compared; `say` gets the largest difference.
 
     Raises ValueError when there is no such run or checkpoint, when `out` is not empty, when there is nothing to merge
     or to average, and when the written folder does not compute what the model did: then nothing is kept.
     """
-    merge = merge or requantize
+    if original and requantize:
+        raise ValueError("[export] --original: expected one of --original and --requantize, got both.")
+    merge = merge or requantize or original
     kind = DTYPES[dtype] if dtype else None
     if average is not None and (ema or step is not None):
         raise ValueError("[export] --average: names its checkpoints itself. Leave --step and --ema out.")
@@ -66,6 +70,15 @@ def export(
     if requantize and not like:
         raise ValueError(f"[export] --requantize: expected a base model in four bits, {run} has none. Use --merge, "
                          "then fastpost quantize.")  # fmt: skip
+    if original:
+        if int4_lora.base_format(model).scheme == "none":
+            raise ValueError(f"[export] --original: expected a run with model.quantize, {run} has its base as it is. "
+                             "Use --merge.")  # fmt: skip
+        trained = before
+        model = adapter.moved(model, folder.load_model(place.base, torch.float32, check=False), quantize=False).eval()
+        before = logits(model)
+        say(f"check  upon the original weights: logits differ by {difference(before, trained):.4f} (relative) from the "
+            "model that was trained, with its base in four bits")  # fmt: skip
     if merge:
         with adapter.off(model):
             effect = difference(logits(model), before)
