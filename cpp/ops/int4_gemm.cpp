@@ -85,8 +85,8 @@ struct Int8Space {
   uint8_t* codes;         // [slots][kInt8Rows][blocks][128]
   float *scales, *zeros;  // [slots][blocks][4][kInt8Rows]
   Int8Space(Arena& a, const Shape& s, int64_t slots)
-      : x{a.take<int8_t>(std::max<int64_t>(s.m, 2) * s.blocks * int4::kBlock), a.take<float>(s.m * s.blocks * 4),
-          a.take<float>(s.m * s.blocks * 4)},
+      : x{a.take<int8_t>(s.digits() ? 2 * s.blocks * int4::kBlock : s.m * int8_row(s.blocks)),
+          a.take<float>(s.m * s.blocks * 4), a.take<float>(s.m * s.blocks * 4)},
         codes(a.take<uint8_t>(s.digits() ? 0 : slots * codes_of(s))),
         scales(a.take<float>(s.digits() ? 0 : slots * scales_of(s))),
         zeros(a.take<float>(s.digits() ? 0 : slots * scales_of(s))) {}
@@ -95,10 +95,10 @@ struct Int8Space {
 };
 
 struct ForwardSpace {
-  uint32_t* x;  // rows, or panels
+  uint32_t* x;  // rows, row_words apart, or panels
   uint32_t* w;  // [slots][block_rows][row_words]
   ForwardSpace(Arena& a, const Shape& s, int64_t slots)
-      : x(a.take<uint32_t>(s.steps * (s.few() ? s.m : s.panels * s.lanes))),
+      : x(a.take<uint32_t>(s.few() ? s.m * s.row_words : s.panels * s.lanes * s.steps)),
         w(a.take<uint32_t>(s.few() ? 0 : slots * s.block_rows * s.row_words)) {}
 };
 
@@ -176,12 +176,12 @@ void pack_panels(const Shape& s, const Tensor& x, uint32_t* out) {
 void few_rows(const Shape& s, const Tensor& x, const Int4Rows& w, const Tensor& bias, uint32_t* words,
               const Tensor& out) {
   const Int4Kernels& kernels = int4_kernels();
-  for (int64_t i = 0; i < s.m; ++i) kernels.pack(x.dtype, s.pairs, x.row(i), s.k, words + i * s.steps);
+  for (int64_t i = 0; i < s.m; ++i) kernels.pack(x.dtype, s.pairs, x.row(i), s.k, words + i * s.row_words);
   for_steps(s.n, [&](int64_t begin, int64_t end) {
     for (int64_t first = 0; first < s.m; first += kFewRows) {
       const int64_t rows = std::min<int64_t>(kFewRows, s.m - first);
       alignas(64) float y[kFewRows * kStep];
-      kernels.few(s.pairs, w, begin, end, words + first * s.steps, rows, y);
+      kernels.few(s.pairs, w, begin, end, words + first * s.row_words, s.row_words, rows, y);
       for (int64_t i = 0; i < rows; ++i) {
         kernels.finish(y + i * kStep, end - begin, out.dtype, bias_at(bias, begin),
                        out.row(first + i) + begin * itemsize(out.dtype));

@@ -84,7 +84,7 @@ bool pack_digits(const Int4Rows& w, DType dtype, const void* src, const Int8Rows
 void pack(const Int4Rows& w, DType dtype, const void* src, int64_t row, const Int8Rows& out) {
   const int64_t blocks = blocks_of(w.k), parts = parts_of(w);
   float *scales = out.scale + row * blocks * kUnits, *sums = out.sums + row * blocks * parts;
-  int8_t* to = out.values + row * blocks * kBlock;
+  int8_t* to = out.values + row * int8_row(blocks);
   for (int64_t i = 0; i < blocks * parts; ++i) sums[i] = 0.0f;
   visit_float(dtype, [&]<class T>(T) {
     const T* x = static_cast<const T*>(src);
@@ -165,19 +165,17 @@ void decode(const Int4Rows& w, int64_t row, uint8_t* codes, float* scales, float
   const __m512i nibbles = _mm512_set1_epi8(15);
   const auto at = [&](int64_t r) { return row + r < w.n ? row + r : w.n - 1; };  // the last row again, unused
   for (int64_t r0 = 0; r0 < kInt8Rows; r0 += 16) {
+    const uint8_t* rows[16];
+    for (int i = 0; i < 16; ++i) rows[i] = w.codes + at(r0 + i) * w.codes_row;
     for (int64_t b = 0; b < blocks; ++b) {
       uint8_t* to = codes + b * kUnits * kSteps * 128 + 4 * r0;
-      transpose(
-          [&](int i) {
-            const uint8_t* from = w.codes + at(r0 + i) * w.codes_row + b * int4::kBlockBytes;
-            __builtin_prefetch(from + kAhead, 0, 1);
-            return from;
-          },
-          [&](int word, __m512i v) {
-            uint8_t* step = to + (word % 4 * kSteps + word / 4 * 2) * 128;
-            _mm512_storeu_si512(step, _mm512_and_si512(v, nibbles));
-            _mm512_storeu_si512(step + 128, _mm512_and_si512(_mm512_srli_epi16(v, 4), nibbles));
-          });
+      for (const uint8_t* row : rows) __builtin_prefetch(row + b * int4::kBlockBytes + kAhead, 0, 1);
+      transpose([&](int i) { return rows[i] + b * int4::kBlockBytes; },
+                [&](int word, __m512i v) {
+                  uint8_t* step = to + (word % 4 * kSteps + word / 4 * 2) * 128;
+                  _mm512_storeu_si512(step, _mm512_and_si512(v, nibbles));
+                  _mm512_storeu_si512(step + 128, _mm512_and_si512(_mm512_srli_epi16(v, 4), nibbles));
+                });
     }
   }
   Scales s;
@@ -199,7 +197,7 @@ void multiply_rows(int64_t blocks, const uint8_t* codes, const float* scales, co
   const int8_t* values[M];
   const float *x_scale[M], *x_sum[M];
   for (int i = 0; i < M; ++i) {
-    values[i] = x.values + (first + i) * blocks * kBlock;
+    values[i] = x.values + (first + i) * int8_row(blocks);
     x_scale[i] = x.scale + (first + i) * blocks * kUnits;
     x_sum[i] = x.sums + (first + i) * blocks * Parts;
   }

@@ -12,10 +12,13 @@ constexpr int kInt8Rows = 32;  // of W, side by side in the lanes of a panel
 // a power of two, so that the eight bits of a bfloat16 are kept where it is more than a 64th of the block's largest.
 // Plain: any number of rows (W4A8), eight bits with a scale for each 32 columns. A NaN or infinity makes its scale NaN.
 struct Int8Rows {
-  int8_t* values;  // digits: [block][high, low][nibble % 2][64]; plain: [row][block][128]
+  int8_t* values;  // digits: [block][high, low][nibble % 2][64]; plain: [row][block][128], rows int8_row bytes apart
   float* scale;    // digits: [block]; plain: [row][unit]
   float* sums;     // of the rounded x: [row][block][part of a block that lies in one group]
 };
+
+// A cache line more than the data: at distances of a power of two, rows would fight for the same places.
+constexpr int64_t int8_row(int64_t blocks) { return blocks * int4::kBlock + 64; }
 
 struct Int8Kernels {
   bool there;  // this CPU has such multipliers

@@ -233,9 +233,9 @@ constexpr int kFewW = !Pairs   ? 1
                                : 3;
 
 template <bool Pairs, int M>
-void few_of(const Int4Rows& w, int64_t begin, int64_t end, const uint32_t* x, float* y) {
+void few_of(const Int4Rows& w, int64_t begin, int64_t end, const uint32_t* x, int64_t x_row, float* y) {
   constexpr int R = kFewW<Pairs, M>;
-  const int64_t blocks = blocks_of(w.k), x_row = blocks * kSteps<Pairs>;
+  const int64_t blocks = blocks_of(w.k);
   with_format(w, [&]<int Parts, bool Zeros>() {
     for (int64_t row = begin; row < end; row += R) {
       F32 sums[R][M];
@@ -268,17 +268,18 @@ void few_of(const Int4Rows& w, int64_t begin, int64_t end, const uint32_t* x, fl
   });
 }
 
-void few(bool pairs, const Int4Rows& w, int64_t begin, int64_t end, const uint32_t* x, int64_t m, float* y) {
+void few(bool pairs, const Int4Rows& w, int64_t begin, int64_t end, const uint32_t* x, int64_t x_row, int64_t m,
+         float* y) {
   with_pairs(pairs, [&]<bool Pairs>() {
     switch (m) {
-      case 1: return few_of<Pairs, 1>(w, begin, end, x, y);
-      case 2: return few_of<Pairs, 2>(w, begin, end, x, y);
-      case 3: return few_of<Pairs, 3>(w, begin, end, x, y);
-      case 4: return few_of<Pairs, 4>(w, begin, end, x, y);
-      case 5: return few_of<Pairs, 5>(w, begin, end, x, y);
-      case 6: return few_of<Pairs, 6>(w, begin, end, x, y);
-      case 7: return few_of<Pairs, 7>(w, begin, end, x, y);
-      default: return few_of<Pairs, 8>(w, begin, end, x, y);
+      case 1: return few_of<Pairs, 1>(w, begin, end, x, x_row, y);
+      case 2: return few_of<Pairs, 2>(w, begin, end, x, x_row, y);
+      case 3: return few_of<Pairs, 3>(w, begin, end, x, x_row, y);
+      case 4: return few_of<Pairs, 4>(w, begin, end, x, x_row, y);
+      case 5: return few_of<Pairs, 5>(w, begin, end, x, x_row, y);
+      case 6: return few_of<Pairs, 6>(w, begin, end, x, x_row, y);
+      case 7: return few_of<Pairs, 7>(w, begin, end, x, x_row, y);
+      default: return few_of<Pairs, 8>(w, begin, end, x, x_row, y);
     }
   });
 }

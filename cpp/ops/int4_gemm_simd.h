@@ -44,8 +44,10 @@ struct Int4Kernels {
   // A row of x to int8 with a scale for each 32 columns, and back.
   void (*round_to_int8)(DType dtype, const void* src, int64_t k, float* out);
 
-  // y [m][kStep] = rows of x, in stored order, times rows [begin, end) of W; at most kFewRows and kStep of them.
-  void (*few)(bool pairs, const Int4Rows& w, int64_t begin, int64_t end, const uint32_t* x, int64_t m, float* y);
+  // y [m][kStep] = rows of x, in stored order and x_row words apart, times rows [begin, end) of W; at most kFewRows and
+  // kStep of them.
+  void (*few)(bool pairs, const Int4Rows& w, int64_t begin, int64_t end, const uint32_t* x, int64_t x_row, int64_t m,
+              float* y);
 
   // n sums and bias? of `dtype` -> dtype.
   void (*finish)(const float* y, int64_t n, DType dtype, const void* bias, void* out);
