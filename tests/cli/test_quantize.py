@@ -148,7 +148,7 @@ def test_draw():
     assert rows.shape == (4, 10) and left.shape == (6, 10)
     assert torch.equal(torch.cat([rows, left]).flatten().sort().values, torch.arange(100))
     assert torch.equal(draw(tokens, 4, 10, 1, "x")[0], rows) and not torch.equal(draw(tokens, 4, 10, 2, "x")[0], rows)
-    assert [len(part) for part in draw(tokens, None, 10, 1, "x")] == [10, 0]
+    assert [len(part) for part in draw(tokens, None, 10, 1, "x")] == [9, 1]
     for rows, length, said in (
         (11, 10, "--rows 10"),
         (1, 106, "at least one window"),

@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -134,6 +135,24 @@ def test_a_killed_run_goes_on_to_the_same_bits(model, tmp_path, method, monkeypa
     assert result.resumed == 1
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
+
+
+def test_one_block_at_a_time(tmp_path, monkeypatch):
+    """Blocks, with their Hessians, are gone before the next one is made."""
+    model, alive, most = tiny.folder(tmp_path / "m", layers=4), [], []
+    make = Blocks.block
+
+    def watched(self, i, tensors=None):
+        most.append(sum(ref() is not None for ref in alive))
+        made = make(self, i, tensors)
+        alive.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(Blocks, "block", watched)
+    for method in ("gptq", "awq", "rtn"):
+        how = settings(method, 4, 16, "bf16")
+        quantize_model(model, tmp_path / method, how, ROWS if method != "rtn" else None, HELD_OUT)
+    assert len(most) == 3 * 3 * 4 and max(most) == 0
 
 
 def test_ended_between_two_files(model, tmp_path):

@@ -16,8 +16,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folder; several make a table")
     parser.add_argument(
-        "--perplexity", type=Path, required=True, metavar="TEXT",
-        help=".txt, or .jsonl, .json, .parquet with text, messages, or prompt and completion",
+        "--perplexity", required=True, metavar="TEXT",
+        help=".txt, or .jsonl, .json, .parquet with text, messages, or prompt and completion; rows are read as one "
+        "text, each ended by EOS",
     )  # fmt: skip
     parser.add_argument("--window", type=int, metavar="N", help="tokens at once (2048, or what the model can read)")
     parser.add_argument(
@@ -34,26 +35,27 @@ def main(argv: list[str]) -> int:
 
     import torch
 
+    from fastpost.cli.built_in import PREFIX, data, model
     from fastpost.hf import folder
     from fastpost.hf.perplexity import load, perplexity
     from fastpost.quantize.calibration import token_stream
     from fastpost.train.device import pick_device
 
     device, dtype = pick_device(args.device), {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
-    rows = []
-    for path in args.models:
-        tokens = token_stream(args.perplexity, folder.load_tokenizer(path), args.limit)[: args.limit]
-        model = load(path, dtype).to(device)
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    rows, text = [], data(args.perplexity, "--perplexity")
+    for path in (model(name, "MODEL") if name.startswith(PREFIX) else name for name in args.models):
+        tokens = token_stream(text, folder.load_tokenizer(path), args.limit)[: args.limit]
+        loaded = load(path, dtype).to(device)
+        limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
         window = args.window or min(2048, limit or 2048)
         if limit and window > limit:
             raise ValueError(f"eval: --window: {path} reads {limit} tokens at most, got {window}. Take less.")
-        found = perplexity(model, tokens, window, args.stride)
+        found = perplexity(loaded, tokens, window, args.stride)
         row = {"model": str(path), "perplexity": found.perplexity, "loss": found.mean, "tokens": found.tokens,
                "windows": found.windows, "window": window, "stride": args.stride or window - 1,
                "megabytes": size(path)}  # fmt: skip
         rows.append(row)
-        del model
+        del loaded  # before the next one comes
         if args.json:
             print(json.dumps(row), flush=True)
     if not args.json:

@@ -49,7 +49,8 @@ def main(argv: list[str]) -> int:
     if where is not None:
         path = data(where, "--perplexity")
         stream = token_stream(path, tokenizer, HELD_OUT_WINDOWS * length)
-        left, _ = draw(stream, None, min(length, max(2, len(stream))), args.seed, path, enough=HELD_OUT_WINDOWS)
+        length = min(length, max(2, len(stream)))
+        left, _ = draw(stream, max(1, min(HELD_OUT_WINDOWS, len(stream) // length)), length, args.seed, path)
     held_out = None if left is None else left[:HELD_OUT_WINDOWS]
     print(f"{source}: {how.says()}" + (f", calibrated on {len(rows)} rows of {rows.shape[1]} tokens" if calibrated
                                        else ""), flush=True)  # fmt: skip
@@ -119,7 +120,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--calibration", metavar="FILE",
         help=".txt, or .jsonl, .json, .parquet with text, messages, or prompt and completion (the built-in problems)",
     )  # fmt: skip
-    text.add_argument("--rows", type=int, metavar="N", help="calibration rows (128, or as many as the text has)")
+    text.add_argument("--rows", type=int, metavar="N", help="calibration rows (128, or seven eighths of the text)")
     text.add_argument("--length", type=int, metavar="N", help="tokens of a row (2048, or what the model can read)")
     text.add_argument("--seed", type=int, default=2, help="of the choice of rows, and of quip's rotations (2)")
     text.add_argument(

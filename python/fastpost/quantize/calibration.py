@@ -80,12 +80,12 @@ def token_stream(path: str | Path, tokenizer, limit: int | None = None) -> torch
 
 
 def draw(
-    tokens: torch.Tensor, rows: int | None, length: int, seed: int, where: str, *, enough: int = 128
+    tokens: torch.Tensor, rows: int | None, length: int, seed: int, where: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(calibration rows [R, length], the windows that are left [S, length], in a random order).
 
-    The stream is cut into windows that do not overlap, and `rows` of them are drawn; None: `enough`, or as many as
-    there are.
+    The stream is cut into windows that do not overlap, and `rows` of them are drawn; None: 128, but an eighth of the
+    windows is left to measure on.
 
     Raises:
         ValueError: not one window, or fewer than `rows`; sizes below 1 (length below 2).
@@ -107,5 +107,5 @@ def draw(
         )
     windows = tokens[: count * length].view(count, length)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    rows = min(count, enough) if rows is None else rows
+    rows = min(128, count - count // 8) if rows is None else rows
     return windows[order[:rows]].contiguous(), windows[order[rows:]].contiguous()

@@ -26,7 +26,7 @@ from .methods import Settings, quantize_matrix
 from .output import expect_plain, plain_dtype, write_folder
 from .smoothquant import round_activations, smooth_block, smooth_weight
 
-SEARCH_TOKENS = 16384
+SEARCH_TOKENS = 4096
 """Calibration tokens on which AWQ tries its scales; its means are over all."""
 SAMPLE_TOKENS = 512
 
@@ -153,11 +153,15 @@ def streamed_losses(
     """(sum of negative log-probs, tokens) of rows [R, L], block by block. states: tensors of each block instead of the
     folder's; names: layers of each block whose inputs are rounded to `bits`."""
     hidden = blocks.start(rows)
-    for i in progress(range(len(blocks)), what, unit="blocks"):
+
+    def step(i: int) -> None:  # a block ends with its step, before the next is made
         block = blocks.block(i, None if states is None else next(states))
         if names is not None:
             round_activations(block, bits, names[i])
         _advance(blocks, i, block, hidden)
+
+    for i in progress(range(len(blocks)), what, unit="blocks"):
+        step(i)
     return blocks.losses(hidden, rows)
 
 
@@ -167,32 +171,34 @@ def streamed_losses(
 @torch.no_grad()
 def _walk(blocks: Blocks, how: Settings, rows: torch.Tensor | None, desk: _Desk, done: int) -> None:
     hidden: Hidden | None = None
-    calibrated = how.needs != "nothing"
-    if calibrated and done < len(blocks):
+    if how.needs != "nothing" and done < len(blocks):
         hidden = blocks.start(rows)
         if done:
             hidden = desk.hidden(done)
     for i in progress(range(done, len(blocks)), "quantize", unit="blocks"):
-        block = blocks.block(i)
-        if how.needs == "block":
-            layer = _moved_scales(blocks, i, block, how, hidden)
-        else:
-            inputs = Inputs(block)
-            if calibrated:
-                with inputs.gathered():
-                    for _ in blocks.run(i, block, hidden):
-                        pass
-            made = {}
-            for name, linear in blocks.linears(block).items():
-                hessian = inputs.of(name).hessian if calibrated else None
-                made[name] = (linear.weight.clone(), quantize_matrix(how, f"{blocks.prefix}{i}.{name}", linear.weight,
-                                                                     hessian))  # fmt: skip
-            layer = _layer(blocks, i, block, how, made)
-            if calibrated:
-                # What the next block is given comes from the weights as they are stored.
-                block.load_state_dict({name: t.float() for name, t in layer.state().items()})
-                _advance(blocks, i, block, hidden)
-        desk.keep(i, layer, hidden)
+        desk.keep(i, _one(blocks, i, how, hidden), hidden)
+
+
+def _one(blocks: Blocks, i: int, how: Settings, hidden: Hidden | None) -> Layer:
+    """Block i, quantised; `hidden`, if any, becomes what the next block is given. All that is large ends here."""
+    block = blocks.block(i)
+    if how.needs == "block":
+        return _moved_scales(blocks, i, block, how, hidden)
+    inputs, made = Inputs(block), {}
+    if hidden is not None:
+        with inputs.gathered():
+            for _ in blocks.run(i, block, hidden):
+                pass
+    for name, linear in blocks.linears(block).items():
+        hessian = None if hidden is None else inputs.of(name).hessian
+        quantized = quantize_matrix(how, f"{blocks.prefix}{i}.{name}", linear.weight, hessian)
+        made[name] = (linear.weight.clone(), quantized)
+    layer = _layer(blocks, i, block, how, made)
+    if hidden is not None:
+        # What the next block is given comes from the weights as they are stored.
+        block.load_state_dict({name: t.float() for name, t in layer.state().items()})
+        _advance(blocks, i, block, hidden)
+    return layer
 
 
 def _advance(blocks: Blocks, i: int, block: nn.Module, hidden: Hidden) -> None:
@@ -288,6 +294,7 @@ def _note(blocks: Blocks, how: Settings, rows, total: _Totals, before, after) ->
             "relative_error": round(total.error, 6), "settings": asdict(how)}  # fmt: skip
     if how.method == "smoothquant":
         note["activation_bits"] = how.bits
+        note["activations"] = "rounded by `fastpost eval`; other programs see the rounded weights alone"
         note["activation_layers"] = [name for i in range(len(blocks)) for name in blocks.names(i)]
     if how.format == "bf16":
         note["stored"] = "dequantised: the weights of this folder take as much room as before"
