@@ -67,7 +67,9 @@ __device__ inline void load_matrices(const void* row, uint32_t (&out)[4]) {
 #endif
 }
 
-// 16 bytes from global to shared memory, zeros if !exists; complete after copies_wait() and a barrier.
+// 16 bytes from global to shared memory, zeros if !exists. A thread's own copies are there once copies_wait says so; those
+// of others after a barrier, too. Unlike loads to registers, any number can be under way, and each group of them (closed by
+// copies_commit) can be waited for by itself.
 __device__ inline void copy_async(void* shared, const void* global, bool exists) {
 #ifdef __CUDACC__
   asm volatile(
@@ -82,9 +84,26 @@ __device__ inline void copy_async(void* shared, const void* global, bool exists)
   }
 #endif
 }
+__device__ inline void copies_commit() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int kNewest>  // all but the newest groups are there
 __device__ inline void copies_wait() {
 #ifdef __CUDACC__
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
+#endif
+}
+
+// a & b | c in one instruction; nvcc makes two of it when b and c are constants.
+__device__ inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+#ifdef __CUDACC__
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+#else
+  return (a & b) | c;
 #endif
 }
 

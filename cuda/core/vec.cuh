@@ -84,19 +84,6 @@ __device__ void store(T* p, const Floats<N>& x) {
   }
 }
 
-// 16 bytes that will not be read again soon: they take no room in L1 from what will.
-__device__ inline Packed<uint32_t, 4> load_once(const void* p) {
-  Packed<uint32_t, 4> x;
-#ifdef __CUDACC__
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(x.v[0]), "=r"(x.v[1]), "=r"(x.v[2]), "=r"(x.v[3])
-               : "l"(p));
-#else
-  memcpy(&x, p, sizeof x);
-#endif
-  return x;
-}
-
 // Shares the elements of a row among the threads of a block: calls f(j, count) with elements j to j + count.value,
 // where count is kVector<T> with `row + j` aligned, or 1 in the few elements before and after those.
 template <int kThreads, class T, class F>

@@ -12,7 +12,7 @@ constexpr int kDequantizeBlocks = 8, kDequantizeRows = kDequantizeThreads / kQua
 
 // Each quad takes one block of one row: thread j writes columns 32i + 8j to + 8 for i = 0 to 3. A warp has 8 blocks of a
 // row, which is 2 KB of it.
-template <class T>
+template <class T, bool kTable>
 __global__ void __launch_bounds__(kDequantizeThreads)
     dequantize_kernel(Int4Matrix w, int blocks, int tiles_across, T* out, int64_t out_stride) {
   const int thread = static_cast<int>(threadIdx.x), quad = thread / kQuadThreads, j = thread % kQuadThreads;
@@ -32,34 +32,31 @@ __global__ void __launch_bounds__(kDequantizeThreads)
     scale_bits[i] = int4_scale_bits(w, row, at);
     zeros[i] = int4_zero(w, row, at);
   }
+  const int64_t first = int64_t{int4::kBlock} * block + 8 * j;
+  T* to = out + row * out_stride + first;
+  const bool whole = int64_t{int4::kBlock} * (block + 1) <= w.k && is_aligned<T, kVector<T>>(to);
   FP_UNROLL
   for (int i = 0; i < 4; ++i) {
-    const int64_t column = int64_t{int4::kBlock} * block + 32 * i + 8 * j;
-    if (column >= w.k) break;
     const float scale = int4_scale(w, scale_bits[i]);
     Floats<8> values;
     FP_UNROLL
     for (int t = 0; t < 4; ++t) {
-      FP_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        const int code = chunks[t].v[i] >> (16 * h + 4 * j) & 15, zero = static_cast<int>(zeros[i]);
-        values.v[2 * t + h] = w.table ? int4::weight(code, scale, w.table) : int4::weight(code, scale, zero);
-      }
+      const uint32_t shifted = chunks[t].v[i] >> 4 * j;
+      const int low = shifted & 15, high = shifted >> 16 & 15, zero = static_cast<int>(zeros[i]);
+      values.v[2 * t] = kTable ? int4::weight(low, scale, w.table) : int4::weight(low, scale, zero);
+      values.v[2 * t + 1] = kTable ? int4::weight(high, scale, w.table) : int4::weight(high, scale, zero);
     }
-    T* to = out + row * out_stride + column;
-    if (column + 8 <= w.k) {
-      constexpr int kStep = kVector<T>;
+    if (whole) {
       FP_UNROLL
-      for (int at = 0; at < 8; at += kStep) {
-        Floats<kStep> part;
+      for (int at = 0; at < 8; at += kVector<T>) {
+        Packed<T, kVector<T>> part;
         FP_UNROLL
-        for (int c = 0; c < kStep; ++c) part.v[c] = values.v[at + c];
-        store(to + at, part);
+        for (int c = 0; c < kVector<T>; ++c) part.v[c] = from_float<T>(values.v[at + c]);
+        *reinterpret_cast<Packed<T, kVector<T>>*>(to + 32 * i + at) = part;
       }
     } else {
-      FP_UNROLL
       for (int c = 0; c < 8; ++c) {
-        if (column + c < w.k) to[c] = from_float<T>(values.v[c]);
+        if (first + 32 * i + c < w.k) to[32 * i + c] = from_float<T>(values.v[c]);
       }
     }
   }
@@ -73,7 +70,10 @@ void int4_gemm_dequantize(Tensor codes, Tensor scales, Tensor zeros, Tensor tabl
   const int64_t blocks = blocks_for(w.k, int4::kBlock), across = blocks_for(blocks, kDequantizeBlocks);
   const int64_t grid = across * blocks_for(w.n, kDequantizeRows);
   visit_float(out.dtype, [&]<class T>(T) {
-    launch(dequantize_kernel<T>, grid, kDequantizeThreads, 0, stream, w, blocks, across, out.ptr<T>(), out.stride(0));
+    with_flag(w.table != nullptr, [&](auto table) {
+      launch(dequantize_kernel<T, decltype(table)::value>, grid, kDequantizeThreads, 0, stream, w, blocks, across,
+             out.ptr<T>(), out.stride(0));
+    });
   });
 }
 

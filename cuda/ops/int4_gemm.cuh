@@ -109,7 +109,7 @@ template <class T>
 __device__ inline void int4_differences(uint32_t word, uint32_t offset, uint32_t (&pairs)[4]) {
   FP_UNROLL
   for (int j = 0; j < 4; ++j) {
-    pairs[j] = fma_pair<T>((word >> 4 * j & 0x000f000fu) | Pair<T>::kMagic, Pair<T>::kOne, offset);
+    pairs[j] = fma_pair<T>(and_or(word >> 4 * j, 0x000f000fu, Pair<T>::kMagic), Pair<T>::kOne, offset);
   }
 }
 

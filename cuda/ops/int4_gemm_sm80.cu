@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// x · Wᵀ for few rows of x, where reading W is what takes time: each code is read once, 16 bytes a thread, and goes from
-// registers through mma.m16n8k16 with W as the left factor. A block of threads has 128 rows of W, a warp 16 of them. On
+// x · Wᵀ for few rows of x, where reading W is what takes time: each code is read once, by the thread that needs it, which
+// copies 16 bytes at a time to a ring of its own in shared memory, and goes through mma.m16n8k16 with W as the left factor. A block of threads has 128 rows of W, a warp 16 of them. On
 // compute capability 9.0 up to 8 blocks, a cluster, share the columns of the same rows, and add their sums through
 // distributed shared memory, always in the same order: no workspace, no second kernel, the same bits every run.
 #include "cuda/ops/int4_gemm.cuh"
@@ -13,13 +13,14 @@ namespace fastpost::cuda {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps, kTileRows = 16 * kWarps;
-constexpr int kAhead = 4;     // blocks of codes that a thread has loaded ahead: 64 KB in flight on a multiprocessor
-constexpr int kXPadding = 8;  // elements after a row of x in shared memory: its rows begin in other banks
+constexpr int kPair = 2;            // blocks of codes that are copied together: whole lines of 128 bytes of a row
+constexpr int kRing = 6;            // blocks that a thread has room for: 64 to 96 KB are under way on a multiprocessor
+constexpr int kXPadding = 8;        // elements after a row of x in shared memory: its rows begin in other banks
 constexpr int kShared = 200 << 10;  // bytes of a multiprocessor, for all blocks of threads on it
 constexpr int kMostSplits = 8;
 
 // Blocks of threads on a multiprocessor: what the registers of 8·kTiles rows allow.
-constexpr int resident(int tiles) { return tiles > 2 ? 1 : 2; }
+constexpr int resident(int tiles) { return tiles > 4 ? 1 : 2; }
 
 struct RowsWork {
   Int4Matrix w;
@@ -31,13 +32,16 @@ struct RowsWork {
   int64_t out_stride;
   int splits;        // blocks of threads that share the columns
   int split_blocks;  // blocks of columns that each takes
-  int chunk_blocks;  // of those, as many as shared memory has room for x; a multiple of kAhead
+  int chunk_blocks;  // of those, as many as shared memory has room for x; a multiple of kPair
 };
 
 __host__ __device__ constexpr int x_row_elements(int chunk_blocks) { return chunk_blocks * int4::kBlock + kXPadding; }
 
+constexpr int kRingBytes = kWarps * kRing * 16 * int4::kBlockBytes;
+
 constexpr size_t shared_bytes(int chunk_blocks, int x_rows) {
-  const size_t staged = size_t{2} * x_rows * x_row_elements(chunk_blocks), sums = size_t{4} * x_rows * kTileRows;
+  const size_t staged = kRingBytes + size_t{2} * x_rows * x_row_elements(chunk_blocks);
+  const size_t sums = size_t{4} * x_rows * kTileRows;
   return staged > sums ? staged : sums;
 }
 
@@ -48,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, resident(kTiles)) rows_kernel(RowsWo
   FP_DYNAMIC_SHARED(char, shared);
   const Int4Matrix& w = work.w;
   const int row_elements = x_row_elements(work.chunk_blocks);
-  T* x_shared = reinterpret_cast<T*>(shared);
+  T* x_shared = reinterpret_cast<T*>(shared + kRingBytes);
 
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int g = lane / 4, t = lane % 4;
@@ -67,16 +71,37 @@ __global__ void __launch_bounds__(kThreads, resident(kTiles)) rows_kernel(RowsWo
     rows[half] = row < w.n ? row : w.n - 1;
     codes[half] = w.codes + rows[half] * w.codes_stride + 16 * t;
   }
-  Packed<uint32_t, 4> ahead[kAhead][2];
-  const auto fetch = [&](Packed<uint32_t, 4>(&into)[2], int block) {
-    if (block >= end_block) return;
-    FP_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      into[half] = load_once(codes[half] + static_cast<int64_t>(block) * int4::kBlockBytes);
+  using Chunk = Packed<uint32_t, 4>;
+  Chunk* ring = reinterpret_cast<Chunk*>(shared) + warp * kRing * 64 + lane;  // [slot][half][lane]
+  int fetched = first_block, free_slot = 0;
+  const auto fetch = [&] {
+    for (int d = 0; d < kPair; ++d, ++fetched) {
+      if (fetched >= end_block) break;
+      FP_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        copy_async(ring + (free_slot + d) * 64 + half * 32, codes[half] + int64_t{fetched} * int4::kBlockBytes, true);
+      }
     }
+    free_slot = free_slot + kPair == kRing ? 0 : free_slot + kPair;
+    copies_commit();
   };
+  const auto copy_x = [&](int chunk, int chunk_end) {
+    // Rows that x lacks are left as they are: they only get into sums that nobody writes.
+    for (int row = 0; row < work.m; ++row) {
+      for (int i = thread; i < (chunk_end - chunk) * (int4::kBlock / 8); i += kThreads) {
+        const int64_t from = static_cast<int64_t>(chunk) * int4::kBlock + 8 * i;
+        const T* x = static_cast<const T*>(work.x) + (from < w.k ? row * work.x_stride + from : 0);
+        copy_async(x_shared + row * row_elements + 8 * i, x, from < w.k);
+      }
+    }
+    copies_commit();
+  };
+  const auto end_of = [&](int chunk) {
+    return chunk + work.chunk_blocks < end_block ? chunk + work.chunk_blocks : end_block;
+  };
+  copy_x(first_block, end_of(first_block));
   FP_UNROLL
-  for (int d = 0; d < kAhead; ++d) fetch(ahead[d], first_block + d);
+  for (int d = 0; d < kRing; d += kPair) fetch();
 
   ByteTable table = {};
   if constexpr (kTable) table = byte_table<T>(w.table);
@@ -105,33 +130,33 @@ __global__ void __launch_bounds__(kThreads, resident(kTiles)) rows_kernel(RowsWo
   };
   begin_group();
 
+  int slot = 0;
   for (int chunk = first_block; chunk < end_block; chunk += work.chunk_blocks) {
-    const int chunk_end = chunk + work.chunk_blocks < end_block ? chunk + work.chunk_blocks : end_block;
-    if (chunk != first_block) __syncthreads();  // all are done with what shared memory held
-    // Rows that x lacks are left as they are: they only get into sums that nobody writes.
-    for (int row = 0; row < work.m; ++row) {
-      for (int i = thread; i < (chunk_end - chunk) * (int4::kBlock / 8); i += kThreads) {
-        const int64_t from = static_cast<int64_t>(chunk) * int4::kBlock + 8 * i;
-        const T* x = static_cast<const T*>(work.x) + (from < w.k ? row * work.x_stride + from : 0);
-        copy_async(x_shared + row * row_elements + 8 * i, x, from < w.k);
-      }
+    const int chunk_end = end_of(chunk);
+    if (chunk == first_block) {
+      copies_wait<kRing / kPair>();
+    } else {
+      __syncthreads();  // all are done with what shared memory held
+      copy_x(chunk, chunk_end);
+      copies_wait<0>();
     }
-    copies_wait();
     __syncthreads();
-    for (int block = chunk; block < chunk_end; block += kAhead) {
+    for (int block = chunk; block < chunk_end; block += kPair) {
+      copies_wait<kRing / kPair - 1>();
       FP_UNROLL
-      for (int d = 0; d < kAhead; ++d) {
+      for (int d = 0; d < kPair; ++d) {
         if (block + d >= chunk_end) break;
+        const Chunk packed[2] = {ring[(slot + d) * 64], ring[(slot + d) * 64 + 32]};
         const T* x_block = x_shared + (block + d - chunk) * int4::kBlock + lane % 8 * row_elements + lane / 8 * 8;
         FP_UNROLL
         for (int i = 0; i < 4; ++i) {
           uint32_t low[4], high[4];  // rows g and g + 8
           if constexpr (kTable) {
-            int4_values(ahead[d][0].v[i], table, low);
-            int4_values(ahead[d][1].v[i], table, high);
+            int4_values(packed[0].v[i], table, low);
+            int4_values(packed[1].v[i], table, high);
           } else {
-            int4_differences<T>(ahead[d][0].v[i], offset[0], low);
-            int4_differences<T>(ahead[d][1].v[i], offset[1], high);
+            int4_differences<T>(packed[0].v[i], offset[0], low);
+            int4_differences<T>(packed[1].v[i], offset[1], high);
           }
           FP_UNROLL
           for (int n = 0; n < kTiles; ++n) {
@@ -146,8 +171,9 @@ __global__ void __launch_bounds__(kThreads, resident(kTiles)) rows_kernel(RowsWo
             left = w.group_units;
           }
         }
-        fetch(ahead[d], block + d + kAhead);
       }
+      slot = slot + kPair == kRing ? 0 : slot + kPair;
+      fetch();
     }
   }
   if (left != w.group_units) end_group();  // one that reaches beyond
@@ -217,9 +243,8 @@ void launch_rows(const Stream& stream, RowsWork& work, int device) {
   if (major >= 9) work.splits = best_splits(tiles, work.blocks, resident(kTiles) * processors);
 #endif
   work.split_blocks = static_cast<int>(blocks_for(work.blocks, work.splits));
-  work.chunk_blocks = static_cast<int>(blocks_for(work.split_blocks, kAhead)) * kAhead;
-  while (work.chunk_blocks > kAhead && bytes(work.chunk_blocks) > kShared / resident(kTiles))
-    work.chunk_blocks -= kAhead;
+  work.chunk_blocks = static_cast<int>(blocks_for(work.split_blocks, kPair)) * kPair;
+  while (work.chunk_blocks > kPair && bytes(work.chunk_blocks) > kShared / resident(kTiles)) work.chunk_blocks -= kPair;
   const size_t shared = bytes(work.chunk_blocks);
 #ifdef __CUDACC__
   stream.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));

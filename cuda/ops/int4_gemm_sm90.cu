@@ -26,17 +26,16 @@ constexpr int kTileRows = 128;  // of W
 constexpr int kGroup = 128, kConsumers = 2 * kGroup, kThreads = kGroup + kConsumers;
 constexpr int kStageColumns = 64;       // 128 bytes of a row of x: what one swizzled row of shared memory holds
 constexpr int kOutRow = kTileRows + 8;  // elements; the padding puts rows in other banks
-constexpr int kMostShared = 200 << 10;
+constexpr int kPair = 2;                // blocks of codes that are copied together: whole lines of 128 bytes of a row
+constexpr int kRing = 4;                // blocks of codes that a thread has room for
+constexpr int kRingBytes = kRing * kTileRows * int4::kBlockBytes;
+constexpr int kMostShared = 216 << 10;
 
 __host__ __device__ constexpr int stage_bytes(int tile) { return tile * kStageColumns * 2; }
 __host__ __device__ constexpr int stages(int tile) {
-  return kMostShared / stage_bytes(tile) < 8 ? kMostShared / stage_bytes(tile) : 8;
+  const int room = (kMostShared - kRingBytes) / stage_bytes(tile);
+  return room < 8 ? room : 8;
 }
-
-// Blocks of a cluster: the fewer rows of x, the more of what is read is x.
-__host__ __device__ constexpr int cluster_blocks(int tile) { return tile == 256 ? 2 : 4; }
-// Blocks of codes that a thread has loaded ahead: as many as the registers beside the sums allow.
-__host__ __device__ constexpr int blocks_ahead(int tile) { return tile == 256 ? 2 : 4; }
 
 struct TilesWork {
   Int4Matrix w;
@@ -92,11 +91,10 @@ __device__ __forceinline__ uint32_t two(float low, float high) {
   return from_float<T>(low).bits | uint32_t{from_float<T>(high).bits} << 16;
 }
 
-template <class T, int kTile>
+template <class T, int kTile, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
     tiles_kernel(const __grid_constant__ CUtensorMap x_map, const TilesWork work) {
   constexpr int kStages = stages(kTile), kBytes = stage_bytes(kTile), kAccumulators = kTile / 2;
-  constexpr int kCluster = cluster_blocks(kTile), kAhead = blocks_ahead(kTile);
   extern __shared__ char unaligned[];
   char* shared = unaligned + (1024 - __cvta_generic_to_shared(unaligned) % 1024) % 1024;
   __shared__ __align__(8) Full::ValueType full[kStages];
@@ -124,9 +122,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         Full::arrive_and_expect_tx(&full[stage], kBytes);
         constexpr int kPart = kTile / kCluster;
         const int part = static_cast<int>(cute::block_rank_in_cluster());
-        cute::SM90_TMA_LOAD_MULTICAST_2D::copy(
-            &x_map, &full[stage], (1 << kCluster) - 1, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST),
-            shared + stage * kBytes + part * stage_bytes(kPart), step * kStageColumns, first_x + part * kPart);
+        const auto hint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
+        char* to = shared + stage * kBytes + part * stage_bytes(kPart);
+        const int column = step * kStageColumns, row = first_x + part * kPart;
+        if constexpr (kCluster == 1) {
+          cute::SM90_TMA_LOAD_2D::copy(&x_map, &full[stage], hint, to, column, row);
+        } else {
+          cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&x_map, &full[stage], (1 << kCluster) - 1, hint, to, column, row);
+        }
       }
     }
     cute::cluster_sync();  // nobody leaves while others send
@@ -154,16 +157,24 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     coming = int4_load_group(w, row, ++group);
   };
-  Packed<uint32_t, 4> ahead[kAhead][2];
-  const auto fetch = [&](Packed<uint32_t, 4>(&into)[2], int block) {
-    if (block >= work.blocks) return;
+  using Chunk = Packed<uint32_t, 4>;
+  Chunk* ring = reinterpret_cast<Chunk*>(shared + kStages * kBytes) + thread - kGroup;  // [slot][half][thread]
+  int fetched = 0, free_slot = 0;
+  const auto fetch = [&] {
     CUTE_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      into[half] = load_once(codes[half] + static_cast<int64_t>(block) * int4::kBlockBytes);
+    for (int d = 0; d < kPair; ++d, ++fetched) {
+      if (fetched >= work.blocks) break;
+      CUTE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        copy_async(ring + ((free_slot + d) * 2 + half) * kConsumers,
+                   codes[half] + static_cast<int64_t>(fetched) * int4::kBlockBytes, true);
+      }
     }
+    free_slot = free_slot + kPair == kRing ? 0 : free_slot + kPair;
+    copies_commit();
   };
   CUTE_UNROLL
-  for (int d = 0; d < kAhead; ++d) fetch(ahead[d], d);
+  for (int d = 0; d < kRing; d += kPair) fetch();
   begin_group();
 
   float sums[kAccumulators];
@@ -173,27 +184,28 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr uint32_t kMinusZero = 0x80008000u;
 
   uint32_t a[2][8];  // of two steps of 16 columns; while one is multiplied, the other is made
-  for (int block = 0; block < work.blocks; block += kAhead) {
+  int stage = 0, phase = 0, slot = 0;
+  for (int block = 0; block < work.blocks; block += kPair) {
+    copies_wait<kRing / kPair - 1>();
     CUTE_UNROLL
-    for (int d = 0; d < kAhead; ++d) {
+    for (int d = 0; d < kPair; ++d) {
       if (block + d >= work.blocks) break;
+      const Chunk packed[2] = {ring[(slot + d) * 2 * kConsumers], ring[((slot + d) * 2 + 1) * kConsumers]};
       CUTE_UNROLL
       for (int i = 0; i < 4; ++i) {
         uint32_t (&mine)[8] = a[i % 2];
         CUTE_UNROLL
         for (int half = 0; half < 2; ++half) {
           uint32_t pairs[4];
-          int4_differences<T>(ahead[d][half].v[i], offset[half], pairs);
+          int4_differences<T>(packed[half].v[i], offset[half], pairs);
           CUTE_UNROLL
           for (int j = 0; j < 4; ++j) mine[2 * j + half] = fma_pair<T>(pairs[j], scale[half], kMinusZero);
         }
-        if (i == 3) fetch(ahead[d], block + d + kAhead);
         if (--left == 0) {  // the same for all threads
           begin_group();
           left = w.group_units;
         }
-        const int step = 2 * (block + d) + i / 2, stage = step % kStages;
-        if (i % 2 == 0) Full::wait(&full[stage], step / kStages & 1);
+        if (i % 2 == 0) Full::wait(&full[stage], phase);
         const uint64_t x = x_descriptor(shared + stage * kBytes) + i % 2 * 4;  // 32 columns: 64 bytes, in units of 16
         CUTE_UNROLL
         for (int k = 0; k < kAccumulators; ++k) cute::warpgroup_fence_operand(sums[k]);
@@ -204,9 +216,17 @@ __global__ void __launch_bounds__(kThreads, 1)
         cute::warpgroup_wait<1>();  // the products before these are done
         CUTE_UNROLL
         for (int k = 0; k < kAccumulators; ++k) cute::warpgroup_fence_operand(sums[k]);
-        if (i % 2 == 0 && step > 0 && lane < kCluster) Empty::arrive(&empty[(step - 1) % kStages], lane, 1);
+        if (i % 2 == 0) {
+          const int before = stage == 0 ? kStages - 1 : stage - 1;
+          if (block + d + i > 0 && lane < kCluster) Empty::arrive(&empty[before], lane, 1);
+        } else if (++stage == kStages) {
+          stage = 0;
+          phase ^= 1;
+        }
       }
     }
+    slot = slot + kPair == kRing ? 0 : slot + kPair;
+    fetch();
   }
   cute::warpgroup_wait<0>();
   CUTE_UNROLL
@@ -267,14 +287,13 @@ CUtensorMap describe(const Stream& stream, const Tensor& x, int tile) {
   return map;
 }
 
-template <class T, int kTile>
+template <class T, int kTile, int kCluster>
 void launch_tiles(const Stream& stream, const Tensor& x, TilesWork& work) {
-  constexpr int kCluster = cluster_blocks(kTile);
   const CUtensorMap map = describe(stream, x, kTile / kCluster);
   work.row_tiles = static_cast<int>(blocks_for(work.w.n, kTileRows * kCluster)) * kCluster;
-  constexpr int kStaged = stages(kTile) * stage_bytes(kTile), kOut = kTile * kOutRow * 2;
+  constexpr int kStaged = stages(kTile) * stage_bytes(kTile) + kRingBytes, kOut = kTile * kOutRow * 2;
   constexpr int kShared = (kStaged > kOut ? kStaged : kOut) + 1024;
-  auto* kernel = tiles_kernel<T, kTile>;
+  auto* kernel = tiles_kernel<T, kTile, kCluster>;
   stream.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
   launch(kernel, work.row_tiles * blocks_for(work.m, kTile), kThreads, kShared, stream, Cluster{kCluster}, map, work);
 }
@@ -296,9 +315,9 @@ void multiply_tiles_sm90(const Stream& stream, const Tensor& x, const Int4Matrix
   const int64_t row_tiles = blocks_for(w.n, kTileRows);
   const auto enough = [&](int tile) { return 4 * row_tiles * blocks_for(work.m, tile) >= 3 * processors; };
   const auto go = [&]<class T>(T) {
-    if (work.m > 128 && enough(256)) return launch_tiles<T, 256>(stream, x, work);
-    if (work.m > 64 && enough(128)) return launch_tiles<T, 128>(stream, x, work);
-    launch_tiles<T, 64>(stream, x, work);
+    if (work.m > 128 && enough(256)) return launch_tiles<T, 256, 1>(stream, x, work);
+    if (work.m > 64 && enough(128)) return launch_tiles<T, 128, 1>(stream, x, work);
+    launch_tiles<T, 64, 1>(stream, x, work);
   };
   x.dtype == DType::BFloat16 ? go(bfloat16{}) : go(float16{});
 }
