@@ -46,7 +46,7 @@ def test_every_method_makes_a_folder(model, tmp_path, method):
     assert result.matrices == 14 and result.resumed == 0 and 0 < result.error < 0.8
     note = read_note(tmp_path / "out")
     assert note["method"] == method and note["bits"] == pytest.approx(result.bits, abs=1e-3)
-    assert note["code_bits"] <= note["bits"]
+    assert note["code_bits"] <= note["bits"] and note["perplexity"]["tokens"] == result.before[1]
     assert not (tmp_path / "out.partial").exists()
     agrees(tmp_path / "out", result)
     names = {f.name for f in model.iterdir() if f.suffix != ".safetensors"} | {NOTE, "model.safetensors"}
@@ -221,6 +221,13 @@ def test_mistakes_that_are_seen_at_once(model, tmp_path):
         with pytest.raises(ValueError, match=said):
             quantize_model(model, tmp_path / "out", how, rows)
     assert not list(tmp_path.iterdir())
+
+
+def test_layers_that_do_not_fit_a_format(tmp_path):
+    odd = tiny.folder(tmp_path / "m", num_attention_heads=3, num_key_value_heads=1, head_dim=6, intermediate_size=64)
+    with pytest.raises(ValueError, match=r"q_proj: --format: awq packs eight .* got \[18, 32\]. Take fastpost or bf16"):
+        quantize_model(odd, tmp_path / "out", settings("rtn", 4, -1, "awq"))
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
 def test_settings():

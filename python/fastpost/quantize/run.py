@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -56,7 +57,7 @@ class Result:
 
 def quantize_model(
     source: str | Path, out: str | Path, how: Settings, rows: torch.Tensor | None = None,
-    held_out: torch.Tensor | None = None, *, device: torch.device | str = "cpu", facts: dict | None = None,
+    held_out: torch.Tensor | None = None, *, device: torch.device | str = "cpu",
 ) -> Result:  # fmt: skip
     """Quantise the linear layers in the decoder blocks of the model in `source` and write it to `out`.
 
@@ -69,7 +70,6 @@ def quantize_model(
         how: methods.settings(...).
         rows: calibration tokens [R, L] int64; methods that need none may be given None.
         held_out: [S, L] int64 for the perplexity before and after, or None.
-        facts: what else to put in the note.
 
     Raises:
         ValueError: a model that is quantised already; see expect_ready; NaN or infinity on the way. Nothing appears at
@@ -92,7 +92,7 @@ def quantize_model(
         names = [list(report) for report in reports] if how.method == "smoothquant" else None
         after = streamed_losses(blocks, held_out, (desk.layer(i).state() for i in range(len(blocks))), names, how.bits,
                                 what="perplexity after")  # fmt: skip
-    note = _note(blocks, how, rows, total, before, after) | (facts or {})
+    note = _note(blocks, how, rows, total, before, after)
     ready = desk.path / "folder"
     shutil.rmtree(ready, ignore_errors=True)
     ready.mkdir()
@@ -113,8 +113,8 @@ def expect_ready(
     """Look for every mistake that can be seen before the work begins.
 
     Raises:
-        ValueError: NaN or infinity in the model, groups that do not divide a layer, no calibration for a method that
-            needs it, tokens that the model does not have, rows longer than it can read.
+        ValueError: NaN or infinity in the model, groups that do not divide a layer, layers that do not fit the format, no
+            calibration for a method that needs it, tokens that the model does not have, rows longer than it can read.
     """
     if how.needs != "nothing" and (rows is None or not rows.numel()):
         raise ValueError(f"quantize: {how.method} needs calibration text, got none. Give --calibration FILE.")
@@ -127,6 +127,11 @@ def expect_ready(
                     check_groups(how.method, how.group_size, linear.in_features)
                 except ValueError as error:
                     raise ValueError(f"{blocks.prefix}{i}.{name}: {error}") from None
+            if how.format in ("gptq", "awq") and (linear.in_features % 8 or linear.out_features % 8):
+                raise ValueError(
+                    f"{blocks.prefix}{i}.{name}: --format: {how.format} packs eight rows and columns, got "
+                    f"{[linear.out_features, linear.in_features]}. Take fastpost or bf16."
+                )
     vocabulary = blocks.model.get_input_embeddings().weight.shape[0]
     limit = getattr(blocks.config.get_text_config(), "max_position_embeddings", None)
     for tokens in (t for t in (rows, held_out) if t is not None and t.numel()):
@@ -292,6 +297,8 @@ def _note(blocks: Blocks, how: Settings, rows, total: _Totals, before, after) ->
     note = {"method": how.method, "bits": round(total.bits / total.weights, 4),
             "code_bits": round(total.code_bits / total.weights, 4), "quantized_weights": total.weights,
             "relative_error": round(total.error, 6), "settings": asdict(how)}  # fmt: skip
+    if before is not None:
+        note["perplexity"] = {"before": _perplexity(before), "after": _perplexity(after), "tokens": before[1]}
     if how.method == "smoothquant":
         note["activation_bits"] = how.bits
         note["activations"] = "rounded by `fastpost eval`; other programs see the rounded weights alone"
@@ -305,6 +312,10 @@ def _note(blocks: Blocks, how: Settings, rows, total: _Totals, before, after) ->
     if rows is not None and how.needs != "nothing":
         note["calibration"] = {"rows": len(rows), "length": rows.shape[1]}
     return note
+
+
+def _perplexity(found: tuple[float, int]) -> float:
+    return round(math.exp(min(found[0] / found[1], 700)), 6)
 
 
 def _identity(blocks: Blocks, how: Settings, rows: torch.Tensor | None) -> dict:
