@@ -234,6 +234,7 @@ void many_rows(const Shape& s, const Tensor& x, const Int4Rows& w, const Tensor&
   for_slots(slots, s.row_blocks(), [&](int64_t slot, int64_t first, int64_t last) {
     uint32_t* decoded = space.w + slot * s.block_rows * s.row_words;
     alignas(64) float sums[kMaxBlock * kMaxLanes];
+    if (s.k == 0) std::memset(sums, 0, sizeof sums);
     for (int64_t begin = first * s.block_rows; begin < std::min(last * s.block_rows, s.n); begin += s.block_rows) {
       const int64_t rows = std::min(s.block_rows, s.n - begin);
       for (int64_t r = 0; r < rows; ++r) kernels.decode(s.pairs, w, begin + r, decoded + r * s.row_words);
@@ -297,6 +298,7 @@ void backward(const Shape& s, const Tensor& grad, const Int4Rows& w, const Backw
       const int64_t block = tile % s.blocks, top = tile / s.blocks * kBackwardSums;
       const int64_t rows = std::min(kBackwardSums, s.m - top),
                     columns = std::min<int64_t>(int4::kBlock, s.k - block * int4::kBlock);
+      if (s.n == 0) std::memset(sums, 0, rows * int4::kBlock * sizeof(float));
       for (int64_t begin = 0; begin < s.n; begin += kBackwardRows) {
         const int64_t count = std::min(kBackwardRows, s.n - begin), steps = (count + rows_of_step - 1) / rows_of_step;
         kernels.decode_along(s.pairs, w, begin, count, block, panel_steps, decoded);
