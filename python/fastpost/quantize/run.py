@@ -113,8 +113,8 @@ def expect_ready(
     """Look for every mistake that can be seen before the work begins.
 
     Raises:
-        ValueError: NaN or infinity in the model, groups that do not divide a layer, layers that do not fit the format, no
-            calibration for a method that needs it, tokens that the model does not have, rows longer than it can read.
+        ValueError: NaN or infinity in the model, groups that do not divide a layer, layers that do not fit the format,
+            no calibration for a method that needs it, tokens that the model does not have, rows longer than it reads.
     """
     if how.needs != "nothing" and (rows is None or not rows.numel()):
         raise ValueError(f"quantize: {how.method} needs calibration text, got none. Give --calibration FILE.")
