@@ -74,19 +74,54 @@ __device__ inline int int4_group(const Int4Matrix& w, int unit) {
   return w.group_shift >= 0 ? unit >> w.group_shift : unit / w.group_units;
 }
 
-// What a thread needs of a group of columns of two rows.
-struct Int4Group {
-  uint32_t scale[2], zero[2];
-};
-__device__ inline Int4Group int4_load_group(const Int4Matrix& w, const int64_t (&row)[2], int group) {
-  const int at = group < w.groups ? group : w.groups - 1;
-  Int4Group of;
-  FP_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    of.scale[half] = int4_scale_bits(w, row[half], at);
-    of.zero[half] = int4_zero(w, row[half], at);
+// Scales and zeros of two rows, group after group. What comes next is loaded long before it is needed, as bits: a load that
+// is converted at once would stop the thread.
+class Int4Groups {
+ public:
+  __device__ Int4Groups(const Int4Matrix& w, const int64_t (&row)[2], int group) : w_(w), left_(w.groups - group) {
+    const int size = w.scales_dtype == DType::Float32 ? 4 : 2;
+    FP_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      scales_[half] = static_cast<const char*>(w.scales) + (row[half] * w.scales_stride + group) * size;
+      zeros_[half] = w.zeros ? w.zeros + row[half] * w.zeros_stride + group : nullptr;
+      zero_bits_[half] = int4::kSymmetricZero;
+    }
+    load();
   }
-  return of;
+
+  // The group that was loaded, and starts to load the next.
+  template <class F>
+  __device__ void next(F&& use) {
+    FP_UNROLL
+    for (int half = 0; half < 2; ++half) use(half, scale_bits_[half], static_cast<float>(zero_bits_[half]));
+    if (--left_ > 0) load();
+  }
+
+ private:
+  __device__ void load() {
+    const bool wide = w_.scales_dtype == DType::Float32;
+    FP_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      scale_bits_[half] =
+          wide ? *reinterpret_cast<const uint32_t*>(scales_[half]) : *reinterpret_cast<const uint16_t*>(scales_[half]);
+      scales_[half] += wide ? 4 : 2;
+      if (w_.zeros) zero_bits_[half] = *zeros_[half]++;
+    }
+  }
+
+  const Int4Matrix& w_;
+  int left_;
+  const char* scales_[2];
+  const uint8_t* zeros_[2];
+  uint32_t scale_bits_[2], zero_bits_[2];
+};
+
+// After how many units of 32 columns a group can end: f(std::integral_constant) with 4, 2 or 1.
+template <class F>
+void with_group_step(const Int4Matrix& w, F&& f) {
+  if (w.group_units % 4 == 0) return f(std::integral_constant<int, 4>{});
+  if (w.group_units % 2 == 0) return f(std::integral_constant<int, 2>{});
+  f(std::integral_constant<int, 1>{});
 }
 
 // Bits of both halves of a pair. kMagic + code is exact, because a step of the float is 1 there.

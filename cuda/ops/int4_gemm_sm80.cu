@@ -20,7 +20,7 @@ constexpr int kShared = 200 << 10;  // bytes of a multiprocessor, for all blocks
 constexpr int kMostSplits = 8;
 
 // Blocks of threads on a multiprocessor: what the registers of 8·kTiles rows allow.
-constexpr int resident(int tiles) { return tiles > 4 ? 1 : 2; }
+constexpr int resident(int tiles) { return tiles > 2 ? 1 : 2; }
 
 struct RowsWork {
   Int4Matrix w;
@@ -46,7 +46,7 @@ constexpr size_t shared_bytes(int chunk_blocks, int x_rows) {
 }
 
 // out[8·kTiles >= m rows] for 128 rows of W.
-template <class T, int kTiles, bool kTable>
+template <class T, int kTiles, bool kTable, int kGroupStep>
 __global__ void __launch_bounds__(kThreads, resident(kTiles)) rows_kernel(RowsWork work) {
   constexpr int kXRows = 8 * kTiles;
   FP_DYNAMIC_SHARED(char, shared);
@@ -105,26 +105,33 @@ __global__ void __launch_bounds__(kThreads, resident(kTiles)) rows_kernel(RowsWo
 
   ByteTable table = {};
   if constexpr (kTable) table = byte_table<T>(w.table);
-  float total[kTiles][4] = {}, sum[kTiles][4] = {};
-  int group = int4_group(w, 4 * first_block), left = (group + 1) * w.group_units - 4 * first_block;
+  // Several sums at a time: a matrix instruction waits for the one before it on the same sum.
+  constexpr int kChains = kTiles == 1 ? 4 : kTiles == 2 ? 2 : 1;
+  float total[kTiles][4] = {}, sum[kTiles][kChains][4] = {};
+  const int first_group = int4_group(w, 4 * first_block);
+  int left = (first_group + 1) * w.group_units - 4 * first_block;
   float scale[2];
   uint32_t offset[2];
-  Int4Group coming = int4_load_group(w, rows, group);
-  const auto begin_group = [&] {  // and load the next one, long before it is needed
-    FP_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      scale[half] = int4_scale(w, coming.scale[half]);
-      offset[half] = pair_of<T>(-Pair<T>::kMagicValue - static_cast<float>(coming.zero[half]));
-    }
-    coming = int4_load_group(w, rows, ++group);
+  Int4Groups groups(w, rows, first_group);
+  const auto begin_group = [&] {
+    groups.next([&](int half, uint32_t bits, float zero) {
+      scale[half] = int4_scale(w, bits);
+      if constexpr (!kTable) offset[half] = pair_of<T>(-Pair<T>::kMagicValue - zero);
+    });
   };
   const auto end_group = [&] {
     FP_UNROLL
     for (int n = 0; n < kTiles; ++n) {
       FP_UNROLL
       for (int r = 0; r < 4; ++r) {
-        total[n][r] += scale[r / 2] * sum[n][r];
-        sum[n][r] = 0;
+        float all = sum[n][0][r];
+        sum[n][0][r] = 0;
+        FP_UNROLL
+        for (int c = 1; c < kChains; ++c) {
+          all += sum[n][c][r];
+          sum[n][c][r] = 0;
+        }
+        total[n][r] += scale[r / 2] * all;
       }
     }
   };
@@ -162,10 +169,10 @@ __global__ void __launch_bounds__(kThreads, resident(kTiles)) rows_kernel(RowsWo
           for (int n = 0; n < kTiles; ++n) {
             uint32_t b[4];
             load_matrices(x_block + 8 * n * row_elements + 32 * i, b);
-            mma<T>(sum[n], {low[0], high[0], low[1], high[1]}, b[0], b[1]);
-            mma<T>(sum[n], {low[2], high[2], low[3], high[3]}, b[2], b[3]);
+            mma<T>(sum[n][2 * i % kChains], {low[0], high[0], low[1], high[1]}, b[0], b[1]);
+            mma<T>(sum[n][(2 * i + 1) % kChains], {low[2], high[2], low[3], high[3]}, b[2], b[3]);
           }
-          if (--left == 0) {  // the same for all threads
+          if ((i + 1) % kGroupStep == 0 && (left -= kGroupStep) == 0) {  // the same for all threads
             end_group();
             begin_group();
             left = w.group_units;
@@ -229,9 +236,9 @@ __global__ void __launch_bounds__(kThreads, resident(kTiles)) rows_kernel(RowsWo
   return best;
 }
 
-template <class T, int kTiles, bool kTable>
+template <class T, int kTiles, bool kTable, int kGroupStep>
 void launch_rows(const Stream& stream, RowsWork& work, int device) {
-  auto* kernel = rows_kernel<T, kTiles, kTable>;
+  auto* kernel = rows_kernel<T, kTiles, kTable, kGroupStep>;
   const auto bytes = [&](int chunk) { return shared_bytes(chunk, 8 * kTiles); };
   int major = 0;
   stream.check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
@@ -268,10 +275,13 @@ void multiply_rows(const Stream& stream, const Tensor& x, const Int4Matrix& w, c
   const auto go = [&]<class T>(T) {
     with_flag(w.table != nullptr, [&](auto table) {
       constexpr bool kTable = decltype(table)::value;
-      if (work.m <= 8) return launch_rows<T, 1, kTable>(stream, work, x.device_index);
-      if (work.m <= 16) return launch_rows<T, 2, kTable>(stream, work, x.device_index);
-      if (work.m <= 32) return launch_rows<T, 4, kTable>(stream, work, x.device_index);
-      launch_rows<T, 8, kTable>(stream, work, x.device_index);
+      with_group_step(w, [&](auto step) {
+        constexpr int kStep = decltype(step)::value;
+        if (work.m <= 8) return launch_rows<T, 1, kTable, kStep>(stream, work, x.device_index);
+        if (work.m <= 16) return launch_rows<T, 2, kTable, kStep>(stream, work, x.device_index);
+        if (work.m <= 32) return launch_rows<T, 4, kTable, kStep>(stream, work, x.device_index);
+        launch_rows<T, 8, kTable, kStep>(stream, work, x.device_index);
+      });
     });
   };
   x.dtype == DType::BFloat16 ? go(bfloat16{}) : go(float16{});

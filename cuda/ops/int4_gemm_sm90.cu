@@ -91,7 +91,7 @@ __device__ __forceinline__ uint32_t two(float low, float high) {
   return from_float<T>(low).bits | uint32_t{from_float<T>(high).bits} << 16;
 }
 
-template <class T, int kTile, int kCluster>
+template <class T, int kTile, int kCluster, int kGroupStep>
 __global__ void __launch_bounds__(kThreads, 1)
     tiles_kernel(const __grid_constant__ CUtensorMap x_map, const TilesWork work) {
   constexpr int kStages = stages(kTile), kBytes = stage_bytes(kTile), kAccumulators = kTile / 2;
@@ -147,15 +147,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     codes[half] = w.codes + row[half] * w.codes_stride + 16 * t;
   }
   uint32_t scale[2], offset[2];
-  int group = 0, left = w.group_units;
-  Int4Group coming = int4_load_group(w, row, 0);
-  const auto begin_group = [&] {  // and load the next one, long before it is needed
-    CUTE_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      scale[half] = coming.scale[half] * 0x00010001u;
-      offset[half] = pair_of<T>(-Pair<T>::kMagicValue - static_cast<float>(coming.zero[half]));
-    }
-    coming = int4_load_group(w, row, ++group);
+  int left = w.group_units;
+  Int4Groups groups(w, row, 0);
+  const auto begin_group = [&] {
+    groups.next([&](int half, uint32_t bits, float zero) {
+      scale[half] = bits * 0x00010001u;
+      offset[half] = pair_of<T>(-Pair<T>::kMagicValue - zero);
+    });
   };
   using Chunk = Packed<uint32_t, 4>;
   Chunk* ring = reinterpret_cast<Chunk*>(shared + kStages * kBytes) + thread - kGroup;  // [slot][half][thread]
@@ -184,6 +182,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr uint32_t kMinusZero = 0x80008000u;
 
   uint32_t a[2][8];  // of two steps of 16 columns; while one is multiplied, the other is made
+  const uint64_t first_x_tile = x_descriptor(shared);
   int stage = 0, phase = 0, slot = 0;
   for (int block = 0; block < work.blocks; block += kPair) {
     copies_wait<kRing / kPair - 1>();
@@ -201,12 +200,12 @@ __global__ void __launch_bounds__(kThreads, 1)
           CUTE_UNROLL
           for (int j = 0; j < 4; ++j) mine[2 * j + half] = fma_pair<T>(pairs[j], scale[half], kMinusZero);
         }
-        if (--left == 0) {  // the same for all threads
+        if ((i + 1) % kGroupStep == 0 && (left -= kGroupStep) == 0) {  // the same for all threads
           begin_group();
           left = w.group_units;
         }
         if (i % 2 == 0) Full::wait(&full[stage], phase);
-        const uint64_t x = x_descriptor(shared + stage * kBytes) + i % 2 * 4;  // 32 columns: 64 bytes, in units of 16
+        const uint64_t x = first_x_tile + stage * (kBytes / 16) + i % 2 * 4;  // 32 columns: 64 bytes, in units of 16
         CUTE_UNROLL
         for (int k = 0; k < kAccumulators; ++k) cute::warpgroup_fence_operand(sums[k]);
         cute::warpgroup_arrive();
@@ -293,9 +292,11 @@ void launch_tiles(const Stream& stream, const Tensor& x, TilesWork& work) {
   work.row_tiles = static_cast<int>(blocks_for(work.w.n, kTileRows * kCluster)) * kCluster;
   constexpr int kStaged = stages(kTile) * stage_bytes(kTile) + kRingBytes, kOut = kTile * kOutRow * 2;
   constexpr int kShared = (kStaged > kOut ? kStaged : kOut) + 1024;
-  auto* kernel = tiles_kernel<T, kTile, kCluster>;
-  stream.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
-  launch(kernel, work.row_tiles * blocks_for(work.m, kTile), kThreads, kShared, stream, Cluster{kCluster}, map, work);
+  with_group_step(work.w, [&](auto step) {
+    auto* kernel = tiles_kernel<T, kTile, kCluster, decltype(step)::value>;
+    stream.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+    launch(kernel, work.row_tiles * blocks_for(work.m, kTile), kThreads, kShared, stream, Cluster{kCluster}, map, work);
+  });
 }
 
 }  // namespace
