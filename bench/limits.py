@@ -7,6 +7,7 @@ from itertools import count
 
 import torch
 
+GEMM = "plain GEMM"
 GEMMS = "plain GEMMs"
 GEMMS_REUSED = "same, outputs reused"
 COPY = "copy"

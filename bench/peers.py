@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-NAMES = ("eager", "compile", "lce", "trl", "liger")
-"""What --peers accepts: torch eager, torch.compile, torch's F.linear_cross_entropy, TRL, Liger."""
+NAMES = ("eager", "compile", "lce", "trl", "liger", "aten", "bitsandbytes")
+"""What --peers accepts: torch eager, torch.compile, torch's F.linear_cross_entropy, TRL, Liger, torch's own four-bit
+weights, bitsandbytes."""
 
 IGNORE = -100
 
@@ -31,7 +32,11 @@ def pick(found: dict[str, Callable], names: list[str] | None) -> dict[str, Calla
 
 @functools.cache
 def missing() -> list[str]:
-    return [name for name, loaded in (("trl", _trl()), ("liger-kernel", _liger())) if loaded is None]
+    return [
+        name
+        for name, loaded in (("trl", _trl()), ("liger-kernel", _liger()), ("bitsandbytes", _bitsandbytes()))
+        if loaded is None
+    ]
 
 
 # ---- (logits [N, V], target [N]) -> logprob [N] ----------------------------------------------------------------------
@@ -114,6 +119,30 @@ def simpo(device: torch.device) -> dict[str, Callable]:
     return {k: found[k] for k in sorted(found, key=lambda k: NAMES.index(k.split()[0]))}
 
 
+# ---- four-bit weights: Int4Weight [N, K] -> functions x [M, K] -> [M, N] that multiply by the same -------------------
+
+
+def int4_gemm(weight, dtype: torch.dtype) -> dict[str, Callable]:
+    dense = weight.dequantize(dtype)
+    found = {"eager, dense weights": lambda x: F.linear(x, dense)}
+    on_cpu = dense.device.type == "cpu"
+    if on_cpu and dtype == torch.bfloat16 and weight.scheme != "nf4" and weight.group_size in (32, 64, 128, 256):
+        zeros = 8 if weight.zeros is None else weight.zeros.float()
+        scales = torch.stack([weight.scales.float(), weight.scales.float() * (8 - zeros)], -1)
+        scales = scales.transpose(0, 1).contiguous().to(dtype)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.unpacked().int(), 1)
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu
+        found["aten int4pack"] = lambda x: product(x, packed, weight.group_size, scales)
+    if (bnb := _bitsandbytes()) and weight.scheme == "nf4":
+        n, k = weight.shape
+        layer = bnb.nn.Linear4bit(k, n, False, dtype, compress_statistics=False, quant_type="nf4")
+        layer.weight = bnb.nn.Params4bit(weight.dequantize(), requires_grad=False, blocksize=weight.group_size,
+                                         compress_statistics=False, quant_type="nf4")  # fmt: skip
+        layer = layer.to(dense.device).eval()  # on a CPU, eval is when it packs for its fused kernel
+        found["bitsandbytes"] = layer
+    return found
+
+
 # ---- the libraries ---------------------------------------------------------------------------------------------------
 
 
@@ -155,3 +184,12 @@ def _liger():
         cross_entropy=functional.liger_cross_entropy,
         linear_cross_entropy=functional.liger_fused_linear_cross_entropy,
     )
+
+
+@functools.cache
+def _bitsandbytes():
+    try:
+        import bitsandbytes
+    except ImportError:
+        return None
+    return bitsandbytes
