@@ -22,9 +22,10 @@ OUTER = 256
 def ir_qlora(weight: torch.Tensor, group_size: int = 64, *, store_shifts: bool = True) -> Quantized:
     """Information calibration of IR-QLoRA (Qin et al. 2024): ``w = scale * NF4[code] + shift``.
 
-    shift = median + f max|w - median| with the f, of 201 between -0.1 σ and 0.1 σ, whose codes have most entropy;
-    of equal ones the smallest |f|. f = 0, the plain median, is among them. The method's other half, LoRA
-    with averaged inputs, is in hf/int4_lora.py.
+    shift = median + f max|w - median| with the f, of 201 between -0.1 σ and 0.1 σ, whose codes have most entropy; of
+    equal ones the smallest |f|. f = 0, the plain median, is among them. The authors' reach is max|w|, which is the same
+    where a block has no offset; measured from the median, an offset changes nothing. The method's other half, LoRA with
+    averaged inputs, is in hf/int4_lora.py.
 
     Args:
         weight: [N, K].
