@@ -9,6 +9,7 @@ import torch
 
 from fastpost.int4 import NF4
 
+from . import shift_search
 from .grid import Quantized, check_groups, check_matrix
 
 SIGMA = 1 / NormalDist().inv_cdf(0.9677083)
@@ -69,23 +70,7 @@ def entropy(codes: torch.Tensor) -> torch.Tensor:
 
 def best_shifts(blocks: torch.Tensor, points: int = POINTS) -> torch.Tensor:
     """The shift [B] of each block [B, g]. `points` is odd, so that 0 is one of the factors."""
-    factors = torch.linspace(-0.1 * SIGMA, 0.1 * SIGMA, points, dtype=torch.float64)
-    factors[points // 2] = 0.0
-    factors = sorted(factors.tolist(), key=abs)
-    out = torch.empty_like(blocks[:, 0])
-    rows = max(1, (1 << 20) // blocks.shape[1])
-    for at in range(0, len(blocks), rows):  # a bounded piece at a time: the search looks at each weight 201 times
-        part = blocks[at : at + rows]
-        median = part.median(1).values
-        reach = (part - median[:, None]).abs().amax(1)
-        best = torch.full_like(median, -1.0, dtype=torch.float64)
-        for factor in factors:
-            shift = median + factor * reach
-            found = entropy(shifted_codes(part, shift)[0])
-            better = found > best + 1e-12
-            best = torch.where(better, found, best)
-            out[at : at + rows] = torch.where(better, shift, out[at : at + rows])
-    return out
+    return shift_search.best_shifts(blocks, points, 0.1 * SIGMA)
 
 
 def _eight_bits(shifts: torch.Tensor) -> torch.Tensor:

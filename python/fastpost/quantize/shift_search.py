@@ -15,8 +15,8 @@ import torch
 
 from fastpost.int4 import NF4
 
-PIECE = 1 << 12
-"""Weights at a time: their counts, about 200 bytes a weight, are to stay in a cache."""
+PIECE = {"cpu": 1 << 12, "cuda": 1 << 20}
+"""Weights at a time: their counts, about 200 bytes a weight, stay in a core's cache, or fill a GPU."""
 
 
 def best_shifts(blocks: torch.Tensor, points: int, reach: float) -> torch.Tensor:
@@ -25,7 +25,7 @@ def best_shifts(blocks: torch.Tensor, points: int, reach: float) -> torch.Tensor
 
     Arithmetic is float32 (float64 for float64 blocks); a weight within rounding of a border may count on either side.
     """
-    size = max(1, PIECE // max(blocks.shape[1], 1))
+    size = max(1, PIECE.get(blocks.device.type, 1 << 20) // max(blocks.shape[1], 1))
     parts = [_best(part, points, reach) for part in blocks.split(size)]
     return torch.cat(parts) if parts else blocks.new_empty(0)
 
