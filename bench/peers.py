@@ -138,7 +138,8 @@ def int4_gemm(weight, dtype: torch.dtype) -> dict[str, Callable]:
         layer = bnb.nn.Linear4bit(k, n, False, dtype, compress_statistics=False, quant_type="nf4")
         layer.weight = bnb.nn.Params4bit(weight.dequantize(), requires_grad=False, blocksize=weight.group_size,
                                          compress_statistics=False, quant_type="nf4")  # fmt: skip
-        layer = layer.to(dense.device).eval()  # on a CPU, eval is when it packs for its fused kernel
+        layer = layer.to(dense.device).eval()
+        layer(torch.zeros(1, k, dtype=dtype, device=dense.device))  # on a CPU, when it packs for its fused kernel
         found["bitsandbytes"] = layer
     return found
 

@@ -22,6 +22,14 @@ namespace {
 
 constexpr const char* kOp = "int4_gemm";
 
+static_assert([] {  // each place of a block is that of one column
+  for (int c = 0; c < int4::kBlock; ++c) {
+    const int4::Place p = int4::place(c);
+    if (p.word < 0 || p.word > 15 || p.nibble < 0 || p.nibble > 7 || int4::column(p.word, p.nibble) != c) return false;
+  }
+  return true;
+}());
+
 // The weight of `columns` columns, on the device of `like`.
 void expect_weight(const Tensor& codes, const Tensor& scales, const Tensor& zeros, const Tensor& table, int64_t columns,
                    int64_t group_size, const Tensor& like) {
@@ -53,6 +61,7 @@ Int4Rows rows_of(const Tensor& codes, const Tensor& scales, const Tensor& zeros,
 
 // ---- how the work is cut ----------------------------------------------------------------------------------------------
 
+constexpr int64_t kFineRows = 4;              // up to which W4A8 gains nothing
 constexpr int64_t kDecodedBytes = 384 << 10;  // of W at a time, of the second-level cache
 constexpr int64_t kBackwardRows = 1024;       // of W at a time, one block of columns wide
 constexpr int64_t kBackwardSums = 512;        // rows of grad, whose sums take as much again
@@ -100,13 +109,6 @@ struct ForwardSpace {
   ForwardSpace(Arena& a, const Shape& s, int64_t slots)
       : x(a.take<uint32_t>(s.few() ? s.m * s.row_words : s.panels * s.lanes * s.steps)),
         w(a.take<uint32_t>(s.few() ? 0 : slots * s.block_rows * s.row_words)) {}
-};
-
-// Without int8 multipliers, or with a table: x is rounded as it would be and goes on as float32.
-struct RoundedSpace {
-  float* x;
-  ForwardSpace rest;
-  RoundedSpace(Arena& a, const Shape& s, int64_t slots) : x(a.take<float>(s.m * s.k)), rest(a, s, slots) {}
 };
 
 struct BackwardSpace {
@@ -217,7 +219,9 @@ void int8_rows(const Shape& s, const Tensor& x, const Int4Rows& w, const Tensor&
       for (int64_t top = 0; top < s.m; top += kFewRows) {
         const int64_t rows = std::min<int64_t>(kFewRows, s.m - top);
         alignas(64) float y[kFewRows * kInt8Rows];
-        int8_kernels().multiply(w, codes, scales, zeros, space.x, top, rows, y);
+        // The first rows that meet a panel fetch the next one.
+        const uint8_t* soon = top == 0 ? w.codes + (begin + kInt8Rows) * w.codes_row : nullptr;
+        int8_kernels().multiply(w, codes, scales, zeros, space.x, top, rows, soon, y);
         for (int64_t i = 0; i < rows; ++i) {
           int4_kernels().finish(y + i * kInt8Rows, std::min<int64_t>(kInt8Rows, s.n - begin), out.dtype,
                                 bias_at(bias, begin), out.row(top + i) + begin * itemsize(out.dtype));
@@ -252,30 +256,19 @@ void many_rows(const Shape& s, const Tensor& x, const Int4Rows& w, const Tensor&
   });
 }
 
-void float_rows(const Shape& s, const Tensor& x, const Int4Rows& w, const Tensor& bias, const ForwardSpace& space,
-                int64_t slots, const Tensor& out) {
-  s.few() ? few_rows(s, x, w, bias, space.x, out) : many_rows(s, x, w, bias, space, slots, out);
-}
-
 void forward(const Tensor& x, const Int4Rows& w, const Tensor& bias, int64_t activation_bits, const Tensor& workspace,
              const Tensor& out) {
   const Shape s(x.size(0), w.n, w.k, x.dtype);
-  if (int8_kernels().there && !w.table && (activation_bits == 8 || (s.digits() && s.pairs))) {
+  // Eight bits are a permission, used where they are faster: not with a table, nor for few rows of bfloat16. One row of
+  // bfloat16 needs no permission.
+  const bool int8 = activation_bits == 8 && !(s.pairs && s.m <= kFineRows);
+  if ((int8 || (s.pairs && s.digits())) && int8_kernels().there && !w.table) {
     const auto [space, slots] = take_space<Int8Space>(workspace, x, s, s.int8_panels());
     if (!s.digits()) return int8_rows(s, x, w, bias, space, slots, out);
     if (one_row(s, x, w, bias, space.x, out)) return;
-  } else if (activation_bits == 8) {
-    const Shape floats(s.m, s.n, s.k, DType::Float32);
-    const auto [space, slots] = take_space<RoundedSpace>(workspace, x, floats, floats.row_blocks());
-    for (int64_t i = 0; i < s.m; ++i) int4_kernels().round_to_int8(x.dtype, x.row(i), s.k, space.x + i * s.k);
-    Tensor rounded = x;
-    rounded.data = space.x;
-    rounded.dtype = DType::Float32;
-    rounded.strides = nullptr;
-    return float_rows(floats, rounded, w, bias, space.rest, slots, out);
   }
   const auto [space, slots] = take_space<ForwardSpace>(workspace, x, s, s.row_blocks());
-  float_rows(s, x, w, bias, space, slots, out);
+  s.few() ? few_rows(s, x, w, bias, space.x, out) : many_rows(s, x, w, bias, space, slots, out);
 }
 
 void backward(const Shape& s, const Tensor& grad, const Int4Rows& w, const BackwardSpace& space, int64_t slots,
@@ -326,18 +319,14 @@ int64_t int4_gemm_bytes(Tensor x, Tensor codes, int64_t columns, bool backward, 
                         int64_t threads) {
   if (x.device == Device::CUDA) return cuda::int4_gemm_bytes(x, codes);
   const Shape s(x.size(0), codes.size(0), columns, x.dtype);
-  Arena arena{nullptr}, of_int8{nullptr}, rounded{nullptr};
+  Arena arena{nullptr}, of_int8{nullptr};
   if (backward) {
     BackwardSpace(arena, s, std::min(threads, s.tiles()), rows_are_words(x, s));
     return arena.used;
   }
   ForwardSpace(arena, s, std::min(threads, s.row_blocks()));
   if (activation_bits == 8 || s.digits()) Int8Space(of_int8, s, std::min(threads, s.int8_panels()));
-  if (activation_bits == 8) {
-    const Shape floats(s.m, s.n, s.k, DType::Float32);
-    RoundedSpace(rounded, floats, std::min(threads, floats.row_blocks()));
-  }
-  return std::max({arena.used, of_int8.used, rounded.used});
+  return std::max(arena.used, of_int8.used);
 }
 
 void int4_gemm(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor table, int64_t group_size, Tensor bias,

@@ -169,7 +169,6 @@ void decode(const Int4Rows& w, int64_t row, uint8_t* codes, float* scales, float
     for (int i = 0; i < 16; ++i) rows[i] = w.codes + at(r0 + i) * w.codes_row;
     for (int64_t b = 0; b < blocks; ++b) {
       uint8_t* to = codes + b * kUnits * kSteps * 128 + 4 * r0;
-      for (const uint8_t* row : rows) __builtin_prefetch(row + b * int4::kBlockBytes + kAhead, 0, 1);
       transpose([&](int i) { return rows[i] + b * int4::kBlockBytes; },
                 [&](int word, __m512i v) {
                   uint8_t* step = to + (word % 4 * kSteps + word / 4 * 2) * 128;
@@ -193,7 +192,7 @@ void decode(const Int4Rows& w, int64_t row, uint8_t* codes, float* scales, float
 
 template <int M, int Parts>
 void multiply_rows(int64_t blocks, const uint8_t* codes, const float* scales, const float* zeros, const Int8Rows& x,
-                   int64_t first, float* y) {
+                   int64_t first, const uint8_t* soon, float* y) {
   const int8_t* values[M];
   const float *x_scale[M], *x_sum[M];
   for (int i = 0; i < M; ++i) {
@@ -207,6 +206,9 @@ void multiply_rows(int64_t blocks, const uint8_t* codes, const float* scales, co
     F32 of_part[M][2];
     for (int u = 0; u < kUnits / Parts; ++u) {
       const int64_t unit = part * (kUnits / Parts) + u;
+      if (soon) {
+        for (int step = 0; step < kSteps; ++step, soon += 64) __builtin_prefetch(soon, 0, 2);
+      }
       __m512i products[M][2];
       for (auto& row : products) row[0] = row[1] = _mm512_setzero_si512();
       for (int step = 0; step < kSteps; ++step, codes += 128) {
@@ -244,13 +246,13 @@ void multiply_rows(int64_t blocks, const uint8_t* codes, const float* scales, co
 }
 
 void multiply(const Int4Rows& w, const uint8_t* codes, const float* scales, const float* zeros, const Int8Rows& x,
-              int64_t first, int64_t rows, float* y) {
+              int64_t first, int64_t rows, const uint8_t* soon, float* y) {
   const int64_t blocks = blocks_of(w.k);
   const auto with_parts = [&]<int M>() {
     switch (parts_of(w)) {
-      case 1: return multiply_rows<M, 1>(blocks, codes, scales, zeros, x, first, y);
-      case 2: return multiply_rows<M, 2>(blocks, codes, scales, zeros, x, first, y);
-      default: return multiply_rows<M, 4>(blocks, codes, scales, zeros, x, first, y);
+      case 1: return multiply_rows<M, 1>(blocks, codes, scales, zeros, x, first, soon, y);
+      case 2: return multiply_rows<M, 2>(blocks, codes, scales, zeros, x, first, soon, y);
+      default: return multiply_rows<M, 4>(blocks, codes, scales, zeros, x, first, soon, y);
     }
   };
   switch (rows) {

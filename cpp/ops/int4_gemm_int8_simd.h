@@ -30,9 +30,10 @@ struct Int8Kernels {
   void (*multiply_digits)(const Int4Rows& w, int64_t begin, int64_t end, const Int8Rows& x, float* y);
   // kInt8Rows rows of W from `row` on: codes [block][unit][step][2][64], scales and zeros [block][part][kInt8Rows].
   void (*decode)(const Int4Rows& w, int64_t row, uint8_t* codes, float* scales, float* zeros);
-  // y [rows][kInt8Rows] = rows of x from `first` on, at most kFewRows, times a decoded panel.
+  // y [rows][kInt8Rows] = rows of x from `first` on, at most kFewRows, times a decoded panel. On the way it prefetches
+  // as many bytes of W from `soon` on, if that is not null.
   void (*multiply)(const Int4Rows& w, const uint8_t* codes, const float* scales, const float* zeros, const Int8Rows& x,
-                   int64_t first, int64_t rows, float* y);
+                   int64_t first, int64_t rows, const uint8_t* soon, float* y);
 };
 
 FP_DECLARE_SIMD(Int8Kernels, int8_kernels)

@@ -201,29 +201,6 @@ void pack_across(DType dtype, bool pairs, const char* src, int64_t row_bytes, in
   });
 }
 
-void round_to_int8(DType dtype, const void* src, int64_t k, float* out) {
-  visit_float(dtype, [&]<class T>(T) {
-    for (int64_t begin = 0; begin < k; begin += kUnit) {
-      const T* x = static_cast<const T*>(src) + begin;
-      const int64_t n = k - begin < kUnit ? k - begin : kUnit;
-      const F32 zero = broadcast(0.0f);
-      F32 values[kUnit / kWidth], most = zero, poison = zero;  // NaN and infinity make the whole unit NaN
-      for (int64_t i = 0; i < kUnit / kWidth; ++i) {
-        const int64_t left = n - i * kWidth;
-        values[i] = left >= kWidth ? load(x + i * kWidth) : left > 0 ? load_tail(x + i * kWidth, left, 0.0f) : zero;
-        most = max(most, max(values[i], zero - values[i]));
-        poison = poison + values[i] * zero;
-      }
-      const float scale = max_lane(most) / 127.0f;
-      const F32 divisor = broadcast(scale > 0 ? scale : 1.0f), factor = broadcast(scale + sum(poison));
-      for (int64_t i = 0; i * kWidth < n; ++i) {
-        store_tail(out + begin + i * kWidth, round(values[i] / divisor) * factor,
-                   n - i * kWidth < kWidth ? n - i * kWidth : kWidth);
-      }
-    }
-  });
-}
-
 // ---- few rows of x ---------------------------------------------------------------------------------------------------
 
 // So many rows of W at once that their sums fit the registers and each word of x is of use to several.
@@ -323,8 +300,7 @@ void finish_across(const float* c, int64_t lanes, int64_t n, int64_t used, DType
   });
 }
 
-constexpr Int4Kernels kKernels = {decode,        decode_along, dequantize, pack,         pack_across,
-                                  round_to_int8, few,          finish,     finish_across};
+constexpr Int4Kernels kKernels = {decode, decode_along, dequantize, pack, pack_across, few, finish, finish_across};
 
 }  // namespace
 

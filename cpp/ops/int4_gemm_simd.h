@@ -41,9 +41,6 @@ struct Int4Kernels {
   void (*pack_across)(DType dtype, bool pairs, const char* src, int64_t row_bytes, int64_t count, int64_t k,
                       int64_t lanes, uint32_t* out);
 
-  // A row of x to int8 with a scale for each 32 columns, and back.
-  void (*round_to_int8)(DType dtype, const void* src, int64_t k, float* out);
-
   // y [m][kStep] = rows of x, in stored order and x_row words apart, times rows [begin, end) of W; at most kFewRows and
   // kStep of them.
   void (*few)(bool pairs, const Int4Rows& w, int64_t begin, int64_t end, const uint32_t* x, int64_t x_row, int64_t m,

@@ -261,7 +261,8 @@ def test_int8_activations(k, dtype):
             rounded = reference._int8_rows(x.float()).double() @ reference.dequantize(w).double().T + bias.double()
             once = error(rounded.to(dtype), rounded)
             assert error(ours, truth) <= 1.05 * error(rounded, truth) + 1.5 * once + 1e-6
-            if m > 1:  # one row may be finer than asked for
+            exact = fastpost.int4_gemm(x, w, bias)  # what it may be, where eight bits gain nothing
+            if m > 1 and not torch.equal(ours, exact):
                 assert error(ours, rounded) <= 1.5 * once + 1e-6
 
 
@@ -298,8 +299,7 @@ def test_a_row_does_not_depend_on_the_others(dtype, bits):
     """Within a few rows, and within many; between them sums differ in order only."""
     w = weight_of(100, 1160, 64, "asymmetric")
     x = torch.randn(150, 1160).to(dtype)
-    few, many = ((2, 3, 8), (33, 70, 150)) if bits is None else ((2, 3, 8, 33, 70, 150), ())
-    for sizes in (few, many):
+    for sizes in ((2, 3, 4), (5, 7, 8), (9, 11, 32), (33, 70, 150)):
         for size in sizes:
             first = fastpost.int4_gemm(x[: sizes[0]], w, activation_bits=bits)
             assert torch.equal(fastpost.int4_gemm(x[:size], w, activation_bits=bits)[: sizes[0]], first)
