@@ -5,58 +5,55 @@
 namespace fastpost::cuda {
 namespace {
 
-// ---- dequantise: four neighbouring threads write 64 bytes of a row side by side ----
+// ---- dequantise: a warp writes 256 neighbouring columns of a row at a time, whole lines of memory ----
 
-constexpr int kDequantizeThreads = 256, kQuadThreads = 4;
-constexpr int kDequantizeBlocks = 8, kDequantizeRows = kDequantizeThreads / kQuadThreads / kDequantizeBlocks;
+constexpr int kDequantizeThreads = 256, kWarpBlocks = 8;  // blocks of a row that a warp takes, two at a time
 
-// Each quad takes one block of one row: thread j writes columns 32i + 8j to + 8 for i = 0 to 3. A warp has 8 blocks of a
-// row, which is 2 KB of it.
+// Lane 16b + 4i + j of a warp writes columns 32i + 8j to + 8 of block b of two.
 template <class T, bool kTable>
 __global__ void __launch_bounds__(kDequantizeThreads)
-    dequantize_kernel(Int4Matrix w, int blocks, int tiles_across, T* out, int64_t out_stride) {
-  const int thread = static_cast<int>(threadIdx.x), quad = thread / kQuadThreads, j = thread % kQuadThreads;
-  const int tile = static_cast<int>(blockIdx.x);
-  const int block = tile % tiles_across * kDequantizeBlocks + quad % kDequantizeBlocks;
-  const int64_t row = static_cast<int64_t>(tile / tiles_across) * kDequantizeRows + quad / kDequantizeBlocks;
-  if (row >= w.n || block >= blocks) return;
-  const uint8_t* codes = w.codes + row * w.codes_stride + static_cast<int64_t>(block) * int4::kBlockBytes;
-  Packed<uint32_t, 4> chunks[4];
+    dequantize_kernel(Int4Matrix w, int blocks, int warps_across, T* out, int64_t out_stride) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, i = lane / 4 % 4, j = lane % 4;
+  const unsigned warp = blockIdx.x * (kDequantizeThreads / 32) + threadIdx.x / 32;
+  const int64_t row = warp / static_cast<unsigned>(warps_across);
+  const int first = static_cast<int>(warp % static_cast<unsigned>(warps_across)) * kWarpBlocks + lane / 16;
+  if (row >= w.n) return;
+  const uint8_t* codes = w.codes + row * w.codes_stride + 4 * i;
+  const bool aligned = is_aligned<T, kVector<T>>(out + row * out_stride);
   FP_UNROLL
-  for (int t = 0; t < 4; ++t) chunks[t] = *reinterpret_cast<const Packed<uint32_t, 4>*>(codes + 16 * t);
-  uint32_t scale_bits[4], zeros[4];
-  FP_UNROLL
-  for (int i = 0; i < 4; ++i) {
+  for (int b = 0; b < kWarpBlocks; b += 2) {
+    const int block = first + b;
+    const int64_t column = int64_t{int4::kBlock} * block + 32 * i + 8 * j;
+    if (block >= blocks || column >= w.k) break;
+    uint32_t words[4];
+    FP_UNROLL
+    for (int t = 0; t < 4; ++t) {
+      words[t] = *reinterpret_cast<const uint32_t*>(codes + int64_t{int4::kBlockBytes} * block + 16 * t);
+    }
     const int group = int4_group(w, 4 * block + i);
-    const int at = group < w.groups ? group : w.groups - 1;  // what a last block lacks
-    scale_bits[i] = int4_scale_bits(w, row, at);
-    zeros[i] = int4_zero(w, row, at);
-  }
-  const int64_t first = int64_t{int4::kBlock} * block + 8 * j;
-  T* to = out + row * out_stride + first;
-  const bool whole = int64_t{int4::kBlock} * (block + 1) <= w.k && is_aligned<T, kVector<T>>(to);
-  FP_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const float scale = int4_scale(w, scale_bits[i]);
+    const float scale = int4_scale(w, int4_scale_bits(w, row, group));
+    const int zero = static_cast<int>(int4_zero(w, row, group));
     Floats<8> values;
     FP_UNROLL
     for (int t = 0; t < 4; ++t) {
-      const uint32_t shifted = chunks[t].v[i] >> 4 * j;
-      const int low = shifted & 15, high = shifted >> 16 & 15, zero = static_cast<int>(zeros[i]);
+      const uint32_t shifted = words[t] >> 4 * j;
+      const int low = shifted & 15, high = shifted >> 16 & 15;
       values.v[2 * t] = kTable ? int4::weight(low, scale, w.table) : int4::weight(low, scale, zero);
       values.v[2 * t + 1] = kTable ? int4::weight(high, scale, w.table) : int4::weight(high, scale, zero);
     }
-    if (whole) {
+    T* to = out + row * out_stride + column;
+    if (aligned && column + 8 <= w.k) {
       FP_UNROLL
       for (int at = 0; at < 8; at += kVector<T>) {
         Packed<T, kVector<T>> part;
         FP_UNROLL
         for (int c = 0; c < kVector<T>; ++c) part.v[c] = from_float<T>(values.v[at + c]);
-        *reinterpret_cast<Packed<T, kVector<T>>*>(to + 32 * i + at) = part;
+        *reinterpret_cast<Packed<T, kVector<T>>*>(to + at) = part;
       }
     } else {
+      FP_UNROLL
       for (int c = 0; c < 8; ++c) {
-        if (first + 32 * i + c < w.k) to[32 * i + c] = from_float<T>(values.v[c]);
+        if (column + c < w.k) to[c] = from_float<T>(values.v[c]);
       }
     }
   }
@@ -67,8 +64,8 @@ __global__ void __launch_bounds__(kDequantizeThreads)
 void int4_gemm_dequantize(Tensor codes, Tensor scales, Tensor zeros, Tensor table, int64_t group_size, Tensor out) {
   const Stream stream("int4_gemm_dequantize", codes);
   const Int4Matrix w = int4_matrix(codes, scales, zeros, table, group_size, out.size(1));
-  const int64_t blocks = blocks_for(w.k, int4::kBlock), across = blocks_for(blocks, kDequantizeBlocks);
-  const int64_t grid = across * blocks_for(w.n, kDequantizeRows);
+  const int64_t blocks = blocks_for(w.k, int4::kBlock), across = blocks_for(blocks, kWarpBlocks);
+  const int64_t grid = blocks_for(across * w.n, kDequantizeThreads / 32);
   visit_float(out.dtype, [&]<class T>(T) {
     with_flag(w.table != nullptr, [&](auto table) {
       launch(dequantize_kernel<T, decltype(table)::value>, grid, kDequantizeThreads, 0, stream, w, blocks, across,
@@ -86,7 +83,7 @@ bool is_hopper(const Stream& stream, int device) {
 }
 
 // Beyond these rows the time to make W in 16 bits, slab by slab, is small beside that of the product.
-constexpr int64_t kTilesMost = 1024;
+constexpr int64_t kTilesMost = 2048;
 
 }  // namespace
 

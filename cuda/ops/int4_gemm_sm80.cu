@@ -1,26 +1,20 @@
-// SPDX-License-Identifier: Apache-2.0
 // x · Wᵀ for few rows of x, where reading W is what takes time: each code is read once, by the thread that needs it, which
-// copies 16 bytes at a time to a ring of its own in shared memory, and goes through mma.m16n8k16 with W as the left factor. A block of threads has 128 rows of W, a warp 16 of them. On
-// compute capability 9.0 up to 8 blocks, a cluster, share the columns of the same rows, and add their sums through
-// distributed shared memory, always in the same order: no workspace, no second kernel, the same bits every run.
+// copies 16 bytes at a time to a ring of its own in shared memory, and goes through mma.m16n8k16 with W as the left factor.
+// A warp has 16 rows of W and a slice of the columns; a block of threads has as many rows as give every multiprocessor one
+// block, and adds up its slices in a fixed order: no workspace, no second kernel, the same bits every run.
 #include "cuda/ops/int4_gemm.cuh"
-
-#ifdef __CUDACC__
-#include <cooperative_groups.h>
-#endif
 
 namespace fastpost::cuda {
 namespace {
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps, kTileRows = 16 * kWarps;
-constexpr int kPair = 2;            // blocks of codes that are copied together: whole lines of 128 bytes of a row
-constexpr int kRing = 6;            // blocks that a thread has room for: 64 to 96 KB are under way on a multiprocessor
-constexpr int kXPadding = 8;        // elements after a row of x in shared memory: its rows begin in other banks
-constexpr int kShared = 200 << 10;  // bytes of a multiprocessor, for all blocks of threads on it
-constexpr int kMostSplits = 8;
+constexpr int kWarpRows = 16;
+constexpr int kPair = 2;      // blocks of codes that are copied together: whole lines of 128 bytes of a row
+constexpr int kRing = 4;      // blocks that a thread has room for: up to 64 KB are under way on a multiprocessor
+constexpr int kXPadding = 8;  // elements after a row of x in shared memory: its rows begin in other banks
+constexpr int kMostShared = 216 << 10;
 
-// Blocks of threads on a multiprocessor: what the registers of 8·kTiles rows allow.
-constexpr int resident(int tiles) { return tiles > 2 ? 1 : 2; }
+// Warps of a block of threads, 8·kTiles rows of x: what the registers allow.
+__host__ __device__ constexpr int warps(int tiles) { return tiles > 2 ? 8 : 16; }
 
 struct RowsWork {
   Int4Matrix w;
@@ -30,44 +24,39 @@ struct RowsWork {
   const void* bias;  // or null
   void* out;
   int64_t out_stride;
-  int splits;        // blocks of threads that share the columns
-  int split_blocks;  // blocks of columns that each takes
+  int row_warps;     // of a block of threads, each with 16 rows of W
+  int slices;        // of the columns; row_warps · slices warps have work
+  int slice_blocks;  // blocks of columns in a slice
   int chunk_blocks;  // of those, as many as shared memory has room for x; a multiple of kPair
 };
 
 __host__ __device__ constexpr int x_row_elements(int chunk_blocks) { return chunk_blocks * int4::kBlock + kXPadding; }
+__host__ __device__ constexpr int ring_bytes(int tiles) { return warps(tiles) * kRing * kWarpRows * int4::kBlockBytes; }
 
-constexpr int kRingBytes = kWarps * kRing * 16 * int4::kBlockBytes;
-
-constexpr size_t shared_bytes(int chunk_blocks, int x_rows) {
-  const size_t staged = kRingBytes + size_t{2} * x_rows * x_row_elements(chunk_blocks);
-  const size_t sums = size_t{4} * x_rows * kTileRows;
-  return staged > sums ? staged : sums;
-}
-
-// out[8·kTiles >= m rows] for 128 rows of W.
+// out [m <= 8·kTiles, 16·row_warps rows of W].
 template <class T, int kTiles, bool kTable, int kGroupStep>
-__global__ void __launch_bounds__(kThreads, resident(kTiles)) rows_kernel(RowsWork work) {
-  constexpr int kXRows = 8 * kTiles;
+__global__ void __launch_bounds__(32 * warps(kTiles), 1) rows_kernel(RowsWork work) {
+  constexpr int kThreads = 32 * warps(kTiles), kXRows = 8 * kTiles;
   FP_DYNAMIC_SHARED(char, shared);
   const Int4Matrix& w = work.w;
-  const int row_elements = x_row_elements(work.chunk_blocks);
-  T* x_shared = reinterpret_cast<T*>(shared + kRingBytes);
+  const int row_elements = x_row_elements(work.chunk_blocks), m = static_cast<int>(work.m);
+  T* x_shared = reinterpret_cast<T*>(shared + ring_bytes(kTiles));  // [slice][row of x][columns of a chunk]
 
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int g = lane / 4, t = lane % 4;
-  const int split = static_cast<int>(blockIdx.x) % work.splits;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) / work.splits * kTileRows;
-  const int first_block = split * work.split_blocks;
-  const int end_block =
-      static_cast<int>(first_block + work.split_blocks < work.blocks ? first_block + work.split_blocks : work.blocks);
+  const int slice = warp / work.row_warps, tile_rows = kWarpRows * work.row_warps;
+  const int64_t tile_row = int64_t{static_cast<int>(blockIdx.x)} * tile_rows;
+  const int blocks = static_cast<int>(work.blocks);
+  const auto slice_begin = [&](int s) { return s * work.slice_blocks < blocks ? s * work.slice_blocks : blocks; };
+  const int first_block = slice < work.slices ? slice_begin(slice) : blocks;
+  const int end_block = slice < work.slices ? slice_begin(slice + 1) : blocks;
 
   // A thread reads chunk t of rows g and g + 8 of its warp's 16.
   int64_t rows[2];
   const uint8_t* codes[2];
   FP_UNROLL
   for (int half = 0; half < 2; ++half) {
-    const int64_t row = first_row + 16 * warp + g + 8 * half;
+    const int64_t row = tile_row + kWarpRows * (warp % work.row_warps) + g + 8 * half;
     rows[half] = row < w.n ? row : w.n - 1;
     codes[half] = w.codes + rows[half] * w.codes_stride + 16 * t;
   }
@@ -75,6 +64,7 @@ __global__ void __launch_bounds__(kThreads, resident(kTiles)) rows_kernel(RowsWo
   Chunk* ring = reinterpret_cast<Chunk*>(shared) + warp * kRing * 64 + lane;  // [slot][half][lane]
   int fetched = first_block, free_slot = 0;
   const auto fetch = [&] {
+    FP_UNROLL
     for (int d = 0; d < kPair; ++d, ++fetched) {
       if (fetched >= end_block) break;
       FP_UNROLL
@@ -85,21 +75,21 @@ __global__ void __launch_bounds__(kThreads, resident(kTiles)) rows_kernel(RowsWo
     free_slot = free_slot + kPair == kRing ? 0 : free_slot + kPair;
     copies_commit();
   };
-  const auto copy_x = [&](int chunk, int chunk_end) {
-    // Rows that x lacks are left as they are: they only get into sums that nobody writes.
-    for (int row = 0; row < work.m; ++row) {
-      for (int i = thread; i < (chunk_end - chunk) * (int4::kBlock / 8); i += kThreads) {
-        const int64_t from = static_cast<int64_t>(chunk) * int4::kBlock + 8 * i;
-        const T* x = static_cast<const T*>(work.x) + (from < w.k ? row * work.x_stride + from : 0);
-        copy_async(x_shared + row * row_elements + 8 * i, x, from < w.k);
+  const auto copy_x = [&](int chunk) {  // its columns of each slice
+    for (int s = 0; s < work.slices; ++s) {
+      const int from = slice_begin(s) + chunk, end = slice_begin(s + 1);
+      const int count = (from + work.chunk_blocks < end ? work.chunk_blocks : end - from) * (int4::kBlock / 8);
+      for (int row = 0; row < m; ++row) {
+        for (int i = thread; i < count; i += kThreads) {
+          const int64_t column = int64_t{int4::kBlock} * from + 8 * i;
+          const T* x = static_cast<const T*>(work.x) + (column < w.k ? row * work.x_stride + column : 0);
+          copy_async(x_shared + (s * m + row) * row_elements + 8 * i, x, column < w.k);
+        }
       }
     }
     copies_commit();
   };
-  const auto end_of = [&](int chunk) {
-    return chunk + work.chunk_blocks < end_block ? chunk + work.chunk_blocks : end_block;
-  };
-  copy_x(first_block, end_of(first_block));
+  copy_x(0);
   FP_UNROLL
   for (int d = 0; d < kRing; d += kPair) fetch();
 
@@ -110,9 +100,9 @@ __global__ void __launch_bounds__(kThreads, resident(kTiles)) rows_kernel(RowsWo
   float total[kTiles][4] = {}, sum[kTiles][kChains][4] = {};
   const int first_group = int4_group(w, 4 * first_block);
   int left = (first_group + 1) * w.group_units - 4 * first_block;
-  float scale[2];
-  uint32_t offset[2];
-  Int4Groups groups(w, rows, first_group);
+  float scale[2] = {};
+  uint32_t offset[2] = {};
+  Int4Groups groups(w, rows, first_group < w.groups ? first_group : w.groups - 1);
   const auto begin_group = [&] {
     groups.next([&](int half, uint32_t bits, float zero) {
       scale[half] = int4_scale(w, bits);
@@ -136,25 +126,33 @@ __global__ void __launch_bounds__(kThreads, resident(kTiles)) rows_kernel(RowsWo
     }
   };
   begin_group();
+  // Rows that x lacks are read as its last: they only get into sums that nobody writes.
+  const T* x_rows[kTiles];
+  FP_UNROLL
+  for (int n = 0; n < kTiles; ++n) {
+    const int row = 8 * n + lane % 8 < m ? 8 * n + lane % 8 : m - 1;
+    x_rows[n] = x_shared + ((slice < work.slices ? slice : 0) * m + row) * row_elements + lane / 8 * 8;
+  }
 
   int slot = 0;
-  for (int chunk = first_block; chunk < end_block; chunk += work.chunk_blocks) {
-    const int chunk_end = end_of(chunk);
-    if (chunk == first_block) {
+  for (int chunk = 0; chunk < work.slice_blocks; chunk += work.chunk_blocks) {
+    if (chunk == 0) {
       copies_wait<kRing / kPair>();
     } else {
       __syncthreads();  // all are done with what shared memory held
-      copy_x(chunk, chunk_end);
+      copy_x(chunk);
       copies_wait<0>();
     }
     __syncthreads();
-    for (int block = chunk; block < chunk_end; block += kPair) {
+    const int begin = first_block + chunk;
+    const int end = begin + work.chunk_blocks < end_block ? begin + work.chunk_blocks : end_block;
+    for (int block = begin; block < end; block += kPair) {
       copies_wait<kRing / kPair - 1>();
       FP_UNROLL
       for (int d = 0; d < kPair; ++d) {
-        if (block + d >= chunk_end) break;
+        if (block + d >= end) break;
         const Chunk packed[2] = {ring[(slot + d) * 64], ring[(slot + d) * 64 + 32]};
-        const T* x_block = x_shared + (block + d - chunk) * int4::kBlock + lane % 8 * row_elements + lane / 8 * 8;
+        const int column = (block + d - begin) * int4::kBlock;
         FP_UNROLL
         for (int i = 0; i < 4; ++i) {
           uint32_t low[4], high[4];  // rows g and g + 8
@@ -168,11 +166,11 @@ __global__ void __launch_bounds__(kThreads, resident(kTiles)) rows_kernel(RowsWo
           FP_UNROLL
           for (int n = 0; n < kTiles; ++n) {
             uint32_t b[4];
-            load_matrices(x_block + 8 * n * row_elements + 32 * i, b);
+            load_matrices(x_rows[n] + column + 32 * i, b);
             mma<T>(sum[n][2 * i % kChains], {low[0], high[0], low[1], high[1]}, b[0], b[1]);
             mma<T>(sum[n][(2 * i + 1) % kChains], {low[2], high[2], low[3], high[3]}, b[2], b[3]);
           }
-          if ((i + 1) % kGroupStep == 0 && (left -= kGroupStep) == 0) {  // the same for all threads
+          if ((i + 1) % kGroupStep == 0 && (left -= kGroupStep) == 0) {  // the same for all lanes
             end_group();
             begin_group();
             left = w.group_units;
@@ -185,78 +183,46 @@ __global__ void __launch_bounds__(kThreads, resident(kTiles)) rows_kernel(RowsWo
   }
   if (left != w.group_units) end_group();  // one that reaches beyond
 
-  // Sums [x row][128] to shared memory; each block of the cluster adds up its share of them over all blocks.
+  copies_wait<0>();
   __syncthreads();
-  float* sums = reinterpret_cast<float*>(shared);
-  FP_UNROLL
-  for (int n = 0; n < kTiles; ++n) {
+  float* sums = reinterpret_cast<float*>(shared);  // [slice][row of x][row of W]
+  if (slice < work.slices) {
     FP_UNROLL
-    for (int r = 0; r < 4; ++r) {
-      sums[(8 * n + 2 * t + r % 2) * kTileRows + 16 * warp + g + 8 * (r / 2)] = total[n][r];
+    for (int n = 0; n < kTiles; ++n) {
+      FP_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        const int x_row = 8 * n + 2 * t + r % 2, w_row = kWarpRows * (warp % work.row_warps) + g + 8 * (r / 2);
+        sums[(slice * kXRows + x_row) * tile_rows + w_row] = total[n][r];
+      }
     }
   }
-  const auto finish = [&](auto sum_at) {
-    const int share = kXRows * kTileRows / work.splits;
-    for (int i = split * share + thread; i < (split + 1) * share; i += kThreads) {
-      const int m = i / kTileRows;
-      const int64_t n = first_row + i % kTileRows;
-      if (m >= work.m || n >= w.n) continue;
-      float value = sum_at(i);
-      if (work.bias) value += to_float(static_cast<const T*>(work.bias)[n]);
-      static_cast<T*>(work.out)[m * work.out_stride + n] = from_float<T>(value);
-    }
-  };
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if (work.splits > 1) {
-    const auto cluster = cooperative_groups::this_cluster();
-    cluster.sync();
-    finish([&](int i) {
-      float value = 0;
-      for (int s = 0; s < work.splits; ++s) value += cluster.map_shared_rank(sums, s)[i];
-      return value;
-    });
-    cluster.sync();  // nobody leaves while others read
-    return;
-  }
-#endif
   __syncthreads();
-  finish([&](int i) { return sums[i]; });
-}
-
-// How many blocks of threads share the columns: as many as fill the GPU once, and no part is left empty.
-[[maybe_unused]] int best_splits(int64_t tiles, int64_t blocks, int slots) {
-  int best = 1;
-  double best_share = 0;
-  for (int splits = 1; splits <= kMostSplits; splits *= 2) {
-    if (splits > 1 && blocks / splits < 2) break;
-    const int64_t work = tiles * splits, waves = blocks_for(work, slots);
-    const double share = static_cast<double>(work) / static_cast<double>(waves * slots);
-    if (share > best_share + 0.02) best = splits, best_share = share;
+  for (int i = thread; i < m * tile_rows; i += kThreads) {
+    const int64_t n = tile_row + i % tile_rows;
+    if (n >= w.n) continue;
+    float value = 0;
+    for (int s = 0; s < work.slices; ++s) value += sums[s * kXRows * tile_rows + i];
+    if (work.bias) value += to_float(static_cast<const T*>(work.bias)[n]);
+    static_cast<T*>(work.out)[i / tile_rows * work.out_stride + n] = from_float<T>(value);
   }
-  return best;
 }
 
 template <class T, int kTiles, bool kTable, int kGroupStep>
-void launch_rows(const Stream& stream, RowsWork& work, int device) {
+void launch_rows(const Stream& stream, RowsWork& work, int processors) {
+  const int64_t row_warps = blocks_for(blocks_for(work.w.n, kWarpRows), processors);
+  work.row_warps = static_cast<int>(row_warps < warps(kTiles) ? row_warps : warps(kTiles));
+  work.slices = warps(kTiles) / work.row_warps;
+  work.slice_blocks = static_cast<int>(blocks_for(work.blocks, work.slices));
+  work.chunk_blocks = static_cast<int>(blocks_for(work.slice_blocks, kPair)) * kPair;
+  const auto x_bytes = [&] { return 2 * work.slices * static_cast<int>(work.m) * x_row_elements(work.chunk_blocks); };
+  while (work.chunk_blocks > kPair && ring_bytes(kTiles) + x_bytes() > kMostShared) work.chunk_blocks -= kPair;
+  const int staged = ring_bytes(kTiles) + x_bytes();
+  const int sums = 4 * 8 * kTiles * warps(kTiles) * kWarpRows, shared = staged > sums ? staged : sums;
   auto* kernel = rows_kernel<T, kTiles, kTable, kGroupStep>;
-  const auto bytes = [&](int chunk) { return shared_bytes(chunk, 8 * kTiles); };
-  int major = 0;
-  stream.check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  const int64_t tiles = blocks_for(work.w.n, kTileRows);
-  work.splits = 1;
 #ifdef __CUDACC__
-  int processors = 0;
-  stream.check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  if (major >= 9) work.splits = best_splits(tiles, work.blocks, resident(kTiles) * processors);
+  stream.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
 #endif
-  work.split_blocks = static_cast<int>(blocks_for(work.blocks, work.splits));
-  work.chunk_blocks = static_cast<int>(blocks_for(work.split_blocks, kPair)) * kPair;
-  while (work.chunk_blocks > kPair && bytes(work.chunk_blocks) > kShared / resident(kTiles)) work.chunk_blocks -= kPair;
-  const size_t shared = bytes(work.chunk_blocks);
-#ifdef __CUDACC__
-  stream.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
-#endif
-  launch(kernel, tiles * work.splits, kThreads, shared, stream, Cluster{work.splits}, work);
+  launch(kernel, blocks_for(work.w.n, kWarpRows * work.row_warps), 32 * warps(kTiles), shared, stream, work);
 }
 
 }  // namespace
@@ -272,15 +238,17 @@ void multiply_rows(const Stream& stream, const Tensor& x, const Int4Matrix& w, c
   work.out = out.data;
   work.out_stride = out.stride(0);
   if (work.m == 0 || w.n == 0) return;
+  int processors = 0;
+  stream.check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, x.device_index));
   const auto go = [&]<class T>(T) {
     with_flag(w.table != nullptr, [&](auto table) {
       constexpr bool kTable = decltype(table)::value;
       with_group_step(w, [&](auto step) {
         constexpr int kStep = decltype(step)::value;
-        if (work.m <= 8) return launch_rows<T, 1, kTable, kStep>(stream, work, x.device_index);
-        if (work.m <= 16) return launch_rows<T, 2, kTable, kStep>(stream, work, x.device_index);
-        if (work.m <= 32) return launch_rows<T, 4, kTable, kStep>(stream, work, x.device_index);
-        launch_rows<T, 8, kTable, kStep>(stream, work, x.device_index);
+        if (work.m <= 8) return launch_rows<T, 1, kTable, kStep>(stream, work, processors);
+        if (work.m <= 16) return launch_rows<T, 2, kTable, kStep>(stream, work, processors);
+        if (work.m <= 32) return launch_rows<T, 4, kTable, kStep>(stream, work, processors);
+        launch_rows<T, 8, kTable, kStep>(stream, work, processors);
       });
     });
   };

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // x · Wᵀ for compute capability 9.0 and enough rows to be bound by arithmetic. W is the left factor of WGMMA and comes from
 // registers: its codes go from global memory to them, become scale·(code - zero) there, rounded once, and never touch
-// shared memory. x comes by TMA, one warp group loads it, two multiply: 128 rows of W by 64, 128 or 256 of x. Blocks of a
-// cluster have other rows of W and the same rows of x, so each loads a part of these and sends it to all: without that, the
-// L2 cache is the limit.
+// shared memory. x comes by TMA, one warp group loads it, two multiply: 128 rows of W by 64, 128 or 256 of x. Where there
+// are few tiles, two blocks share one, half of the columns each, and one adds the other's sums to its own.
 #include <cuda.h>
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
@@ -43,7 +42,7 @@ struct TilesWork {
   const void* bias;   // or null
   void* out;
   int64_t out_stride;
-  int row_tiles;  // of 128 rows of W, rounded up to whole clusters
+  int row_tiles;  // of 128 rows of W
 };
 
 template <class T, int kTile>
@@ -91,7 +90,7 @@ __device__ __forceinline__ uint32_t two(float low, float high) {
   return from_float<T>(low).bits | uint32_t{from_float<T>(high).bits} << 16;
 }
 
-template <class T, int kTile, int kCluster, int kGroupStep>
+template <class T, int kTile, int kParts, int kGroupStep>
 __global__ void __launch_bounds__(kThreads, 1)
     tiles_kernel(const __grid_constant__ CUtensorMap x_map, const TilesWork work) {
   constexpr int kStages = stages(kTile), kBytes = stage_bytes(kTile), kAccumulators = kTile / 2;
@@ -101,38 +100,36 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ __align__(8) Empty::ValueType empty[kStages];
 
   const int thread = static_cast<int>(threadIdx.x);
-  const int64_t first_row = int64_t{kTileRows} * (static_cast<int>(blockIdx.x) % work.row_tiles);
-  const int first_x = static_cast<int>(blockIdx.x) / work.row_tiles * kTile;
-  const int steps = static_cast<int>(2 * work.blocks);
+  const int part = static_cast<int>(blockIdx.x) % kParts, tile_index = static_cast<int>(blockIdx.x) / kParts;
+  const int64_t first_row = int64_t{kTileRows} * (tile_index % work.row_tiles);
+  const int first_x = tile_index / work.row_tiles * kTile;
+  const int per_part = static_cast<int>((work.blocks + kParts - 1) / kParts), first_block = part * per_part;
+  const int end_block = first_block + per_part < work.blocks ? first_block + per_part : static_cast<int>(work.blocks);
+  const int steps = 2 * (end_block - first_block);
   if (thread == 0) {
     for (int s = 0; s < kStages; ++s) {
       Full::init(&full[s], 1);
-      Empty::init(&empty[s], kCluster * kConsumers / 32);
+      Empty::init(&empty[s], kConsumers / 32);
     }
     cutlass::arch::fence_barrier_init();
   }
-  cute::cluster_sync();
+  __syncthreads();
 
   if (thread < kGroup) {  // loads x
     cutlass::arch::warpgroup_reg_dealloc<40>();
     if (thread == 0) {
       for (int step = 0; step < steps; ++step) {
         const int stage = step % kStages, turn = step / kStages;
-        Empty::wait(&empty[stage], (turn & 1) ^ 1);  // in all blocks of the cluster
+        Empty::wait(&empty[stage], (turn & 1) ^ 1);
         Full::arrive_and_expect_tx(&full[stage], kBytes);
-        constexpr int kPart = kTile / kCluster;
-        const int part = static_cast<int>(cute::block_rank_in_cluster());
-        const auto hint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
-        char* to = shared + stage * kBytes + part * stage_bytes(kPart);
-        const int column = step * kStageColumns, row = first_x + part * kPart;
-        if constexpr (kCluster == 1) {
-          cute::SM90_TMA_LOAD_2D::copy(&x_map, &full[stage], hint, to, column, row);
-        } else {
-          cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&x_map, &full[stage], (1 << kCluster) - 1, hint, to, column, row);
-        }
+        cute::SM90_TMA_LOAD_2D::copy(&x_map, &full[stage], static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST),
+                                     shared + stage * kBytes, (2 * first_block + step) * kStageColumns, first_x);
       }
     }
-    cute::cluster_sync();  // nobody leaves while others send
+    if constexpr (kParts > 1) {  // as the others do below
+      cute::cluster_sync();
+      cute::cluster_sync();
+    }
     return;
   }
   cutlass::arch::warpgroup_reg_alloc<232>();
@@ -147,8 +144,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     codes[half] = w.codes + row[half] * w.codes_stride + 16 * t;
   }
   uint32_t scale[2], offset[2];
-  int left = w.group_units;
-  Int4Groups groups(w, row, 0);
+  const int first_group = int4_group(w, 4 * first_block);
+  int left = (first_group + 1) * w.group_units - 4 * first_block;
+  Int4Groups groups(w, row, first_group < w.groups ? first_group : w.groups - 1);
   const auto begin_group = [&] {
     groups.next([&](int half, uint32_t bits, float zero) {
       scale[half] = bits * 0x00010001u;
@@ -157,11 +155,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   using Chunk = Packed<uint32_t, 4>;
   Chunk* ring = reinterpret_cast<Chunk*>(shared + kStages * kBytes) + thread - kGroup;  // [slot][half][thread]
-  int fetched = 0, free_slot = 0;
+  int fetched = first_block, free_slot = 0;
   const auto fetch = [&] {
     CUTE_UNROLL
     for (int d = 0; d < kPair; ++d, ++fetched) {
-      if (fetched >= work.blocks) break;
+      if (fetched >= end_block) break;
       CUTE_UNROLL
       for (int half = 0; half < 2; ++half) {
         copy_async(ring + ((free_slot + d) * 2 + half) * kConsumers,
@@ -184,11 +182,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   uint32_t a[2][8];  // of two steps of 16 columns; while one is multiplied, the other is made
   const uint64_t first_x_tile = x_descriptor(shared);
   int stage = 0, phase = 0, slot = 0;
-  for (int block = 0; block < work.blocks; block += kPair) {
+  for (int block = first_block; block < end_block; block += kPair) {
     copies_wait<kRing / kPair - 1>();
     CUTE_UNROLL
     for (int d = 0; d < kPair; ++d) {
-      if (block + d >= work.blocks) break;
+      if (block + d >= end_block) break;
       const Chunk packed[2] = {ring[(slot + d) * 2 * kConsumers], ring[((slot + d) * 2 + 1) * kConsumers]};
       CUTE_UNROLL
       for (int i = 0; i < 4; ++i) {
@@ -217,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int k = 0; k < kAccumulators; ++k) cute::warpgroup_fence_operand(sums[k]);
         if (i % 2 == 0) {
           const int before = stage == 0 ? kStages - 1 : stage - 1;
-          if (block + d + i > 0 && lane < kCluster) Empty::arrive(&empty[before], lane, 1);
+          if (block + d + i > first_block && lane == 0) Empty::arrive(&empty[before]);
         } else if (++stage == kStages) {
           stage = 0;
           phase ^= 1;
@@ -230,6 +228,28 @@ __global__ void __launch_bounds__(kThreads, 1)
   cute::warpgroup_wait<0>();
   CUTE_UNROLL
   for (int k = 0; k < kAccumulators; ++k) cute::warpgroup_fence_operand(sums[k]);
+
+  if constexpr (kParts > 1) {
+    constexpr int kOf = kConsumers;  // [sum][thread]
+    float* theirs = reinterpret_cast<float*>(shared) + thread - kGroup;
+    consumers_sync();
+    if (part == 1) {
+      CUTE_UNROLL
+      for (int k = 0; k < kAccumulators; ++k) theirs[k * kOf] = sums[k];
+    }
+    cute::cluster_sync();
+    if (part == 0) {
+      const uint32_t address = cute::set_block_rank(static_cast<uint32_t>(__cvta_generic_to_shared(theirs)), 1);
+      CUTE_UNROLL
+      for (int k = 0; k < kAccumulators; ++k) {
+        float value;
+        asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address + k * kOf * 4));
+        sums[k] += value;
+      }
+    }
+    cute::cluster_sync();  // nobody leaves while others read
+    if (part == 1) return;
+  }
 
   // The tile, transposed through shared memory, so that rows of out are written in whole lines.
   float bias[2] = {0, 0};
@@ -262,7 +282,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
   }
-  cute::cluster_sync();
 }
 
 // x [m, k] as the copy engine sees it; what lies outside reads as zero.
@@ -286,17 +305,25 @@ CUtensorMap describe(const Stream& stream, const Tensor& x, int tile) {
   return map;
 }
 
-template <class T, int kTile, int kCluster>
-void launch_tiles(const Stream& stream, const Tensor& x, TilesWork& work) {
-  const CUtensorMap map = describe(stream, x, kTile / kCluster);
-  work.row_tiles = static_cast<int>(blocks_for(work.w.n, kTileRows * kCluster)) * kCluster;
+template <class T, int kTile, int kParts>
+void launch_parts(const Stream& stream, const Tensor& x, TilesWork& work) {
+  const CUtensorMap map = describe(stream, x, kTile);
   constexpr int kStaged = stages(kTile) * stage_bytes(kTile) + kRingBytes, kOut = kTile * kOutRow * 2;
   constexpr int kShared = (kStaged > kOut ? kStaged : kOut) + 1024;
+  static_assert(kStaged >= kTile / 2 * kConsumers * 4);  // the other part's sums
   with_group_step(work.w, [&](auto step) {
-    auto* kernel = tiles_kernel<T, kTile, kCluster, decltype(step)::value>;
+    auto* kernel = tiles_kernel<T, kTile, kParts, decltype(step)::value>;
     stream.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
-    launch(kernel, work.row_tiles * blocks_for(work.m, kTile), kThreads, kShared, stream, Cluster{kCluster}, map, work);
+    launch(kernel, kParts * work.row_tiles * blocks_for(work.m, kTile), kThreads, kShared, stream, Cluster{kParts}, map,
+           work);
   });
+}
+
+template <class T, int kTile>
+void launch_tiles(const Stream& stream, const Tensor& x, TilesWork& work, int processors) {
+  work.row_tiles = static_cast<int>(blocks_for(work.w.n, kTileRows));
+  const bool few = 2 * work.row_tiles * blocks_for(work.m, kTile) <= processors && work.blocks > 1;
+  few ? launch_parts<T, kTile, 2>(stream, x, work) : launch_parts<T, kTile, 1>(stream, x, work);
 }
 
 }  // namespace
@@ -312,13 +339,10 @@ void multiply_tiles_sm90(const Stream& stream, const Tensor& x, const Int4Matrix
   work.out_stride = out.stride(0);
   int processors = 0;
   stream.check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, x.device_index));
-  // The largest tile of x that still gives most multiprocessors work.
-  const int64_t row_tiles = blocks_for(w.n, kTileRows);
-  const auto enough = [&](int tile) { return 4 * row_tiles * blocks_for(work.m, tile) >= 3 * processors; };
   const auto go = [&]<class T>(T) {
-    if (work.m > 128 && enough(256)) return launch_tiles<T, 256, 1>(stream, x, work);
-    if (work.m > 64 && enough(128)) return launch_tiles<T, 128, 1>(stream, x, work);
-    launch_tiles<T, 64, 1>(stream, x, work);
+    if (work.m <= 64) return launch_tiles<T, 64>(stream, x, work, processors);
+    if (work.m <= 128) return launch_tiles<T, 128>(stream, x, work, processors);
+    launch_tiles<T, 256>(stream, x, work, processors);
   };
   x.dtype == DType::BFloat16 ? go(bfloat16{}) : go(float16{});
 }
