@@ -171,8 +171,9 @@ void int4_gemm_backward(Tensor grad, Tensor codes, Tensor scales, Tensor zeros, 
 // out [N, K] = W in a float dtype.
 void int4_gemm_dequantize(Tensor codes, Tensor scales, Tensor zeros, Tensor table, int64_t group_size, Tensor out);
 
-// Whether int4_gemm takes so many rows of x on their device: always on a CPU, few on a GPU.
-bool int4_gemm_fits(Tensor x, Tensor codes, Tensor scales, Tensor table);
+// Whether int4_gemm takes this x, or its backward this grad: always on a CPU. On a GPU what it does not take goes through
+// int4_gemm_dequantize and the framework's GEMM, slab by slab.
+bool int4_gemm_fits(Tensor x, Tensor codes, Tensor scales, Tensor table, bool backward);
 
 // Workspace of int4_gemm for x [M, K], or of its backward for grad [M, N], on so many threads.
 int64_t int4_gemm_bytes(Tensor x, Tensor codes, int64_t columns, bool backward, int64_t activation_bits,

@@ -73,6 +73,6 @@ NB_MODULE(_core, m) {
   def_op(m, "int4_gemm", &fastpost::int4_gemm);
   def_op(m, "int4_gemm_backward", &fastpost::int4_gemm_backward);
   def_op(m, "int4_gemm_dequantize", &fastpost::int4_gemm_dequantize);
-  m.def("int4_gemm_fits", &fastpost::int4_gemm_fits, nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
+  m.def("int4_gemm_fits", &fastpost::int4_gemm_fits, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
   m.def("int4_gemm_bytes", &fastpost::int4_gemm_bytes);
 }

@@ -311,8 +311,8 @@ void backward(const Shape& s, const Tensor& grad, const Int4Rows& w, const Backw
 
 }  // namespace
 
-bool int4_gemm_fits(Tensor x, Tensor codes, Tensor scales, Tensor table) {
-  return x.device == Device::CUDA ? cuda::int4_gemm_fits(x, codes, scales, table) : true;
+bool int4_gemm_fits(Tensor x, Tensor codes, Tensor scales, Tensor table, bool backward) {
+  return x.device == Device::CUDA ? cuda::int4_gemm_fits(x, codes, scales, table, backward) : true;
 }
 
 int64_t int4_gemm_bytes(Tensor x, Tensor codes, int64_t columns, bool backward, int64_t activation_bits,
@@ -357,8 +357,7 @@ void int4_gemm_backward(Tensor grad, Tensor codes, Tensor scales, Tensor zeros, 
   expect_weight(codes, scales, zeros, table, k, group_size, grad);
   expect(kOp, "grad", grad, {grad.dtype}, {m, codes.size(0)}, Layout::ContiguousRows);
   if (grad.device == Device::CUDA) {
-    fail(kOp, "grad", "a tensor on the CPU", describe(grad),
-         "On a GPU, W is made slab by slab for the framework's GEMM.");
+    return cuda::int4_gemm_backward(grad, codes, scales, zeros, table, group_size, grad_x);
   }
   if (m == 0 || k == 0) return;
   const Int4Rows w = rows_of(codes, scales, zeros, table, k, group_size);

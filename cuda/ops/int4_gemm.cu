@@ -76,25 +76,30 @@ void int4_gemm_dequantize(Tensor codes, Tensor scales, Tensor zeros, Tensor tabl
 
 namespace {
 
-bool is_hopper(const Stream& stream, int device) {
-  int major = 0;
-  stream.check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return kBuiltForSm90 && major == 9;
+// Where W in 16 bits is soon made beside so many products, the framework's GEMM is the faster one.
+constexpr int64_t kTilesMost = 2048;
+// Up to here reading W takes longer than multiplying by it, and a thread's own codes are enough to keep memory busy.
+constexpr int64_t kReadingMost = 16;
+
+// Rows of x are copied 16 bytes at a time; float32 has no tensor cores that keep its bits.
+bool can_copy(const Tensor& x, const Tensor& codes) {
+  return (x.dtype == DType::BFloat16 || x.dtype == DType::Float16) && x.size(1) % 8 == 0 && x.stride(0) % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && reinterpret_cast<uintptr_t>(codes.data) % 16 == 0 &&
+         codes.stride(0) % 16 == 0;
 }
 
-// Beyond these rows the time to make W in 16 bits, slab by slab, is small beside that of the product.
-constexpr int64_t kTilesMost = 2048;
+bool can_tile(const Tensor& x, const Tensor& scales, const Tensor& table) {
+  if (!kBuiltForSm90 || x.size(0) > kTilesMost || table.defined() || scales.dtype != x.dtype) return false;
+  const Stream stream("int4_gemm", x);
+  int major = 0;
+  stream.check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.device_index));
+  return major == 9;
+}
 
 }  // namespace
 
-bool int4_gemm_fits(Tensor x, Tensor codes, Tensor scales, Tensor table) {
-  // Rows of x are copied 16 bytes at a time; float32 has no tensor cores that keep its bits.
-  const bool copies = (x.dtype == DType::BFloat16 || x.dtype == DType::Float16) && x.size(1) % 8 == 0 &&
-                      x.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0 &&
-                      reinterpret_cast<uintptr_t>(codes.data) % 16 == 0 && codes.stride(0) % 16 == 0;
-  if (!copies || x.size(0) <= kRowsMost) return copies;
-  return x.size(0) <= kTilesMost && !table.defined() && scales.dtype == x.dtype &&
-         is_hopper(Stream("int4_gemm", x), x.device_index);
+bool int4_gemm_fits(Tensor x, Tensor codes, Tensor scales, Tensor table, bool backward) {
+  return can_copy(x, codes) && ((!backward && x.size(0) <= kRowsMost) || can_tile(x, scales, table));
 }
 
 int64_t int4_gemm_bytes(Tensor, Tensor) { return 0; }
@@ -103,8 +108,16 @@ void int4_gemm(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor table
                Tensor, Tensor out) {
   const Stream stream("int4_gemm", x);
   const Int4Matrix w = int4_matrix(codes, scales, zeros, table, group_size, x.size(1));
-  if (x.size(0) <= kRowsMost) return multiply_rows(stream, x, w, bias, out);
-  if constexpr (kBuiltForSm90) multiply_tiles_sm90(stream, x, w, bias, out);  // else int4_gemm_fits says no
+  if (x.size(0) <= kReadingMost || !can_tile(x, scales, table)) return multiply_rows(stream, x, w, bias, out);
+  if constexpr (kBuiltForSm90) multiply_tiles_sm90(stream, x, w, bias, out);
+}
+
+void int4_gemm_backward(Tensor grad, Tensor codes, Tensor scales, Tensor zeros, Tensor table, int64_t group_size,
+                        Tensor grad_x) {
+  const Stream stream("int4_gemm", grad);
+  const Int4Matrix w = int4_matrix(codes, scales, zeros, table, group_size, grad_x.size(1));
+  if (grad.size(0) == 0 || grad_x.size(1) == 0) return;
+  if constexpr (kBuiltForSm90) multiply_tiles_backward_sm90(stream, grad, w, grad_x);  // else int4_gemm_fits says no
 }
 
 }  // namespace fastpost::cuda

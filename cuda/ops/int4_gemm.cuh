@@ -197,5 +197,7 @@ void multiply_rows(const Stream& stream, const Tensor& x, const Int4Matrix& w, c
 // cuda/ops/int4_gemm_sm90.cu: the same for any m, without a table, scales in the dtype of x.
 void multiply_tiles_sm90(const Stream& stream, const Tensor& x, const Int4Matrix& w, const Tensor& bias,
                          const Tensor& out);
+// grad_x [m, K] = grad [m, N] · W on the same conditions.
+void multiply_tiles_backward_sm90(const Stream& stream, const Tensor& grad, const Int4Matrix& w, const Tensor& grad_x);
 
 }  // namespace fastpost::cuda

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """int4_gemm: a product with four-bit weights, forward and input gradient from the same bytes.
 
-Kernels: cpp/ops/int4_gemm.cpp. On a GPU, products with many rows go through slabs: a slice of W is made in bfloat16, small
-enough to stay in the L2 cache, and multiplied by the framework's GEMM; W as a whole never exists.
+Kernels: cpp/ops/int4_gemm.cpp. What has none on a GPU (thousands of rows, NF4 with many rows, float32) goes through slabs: a
+slice of W is made in x's dtype and multiplied by the framework's GEMM; W as a whole never exists.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -65,13 +67,15 @@ def int4_dequantize(weight: Int4Weight, dtype: torch.dtype = torch.float32) -> t
 
 # ---- forward and backward ----------------------------------------------------------------------------------------------
 
-SLAB_BYTES = 24 << 20  # of the 50 MB of a Hopper's L2: a slab, the rows that it meets, and the product
+# A slab of W: large enough that its product fills the GPU. 8192 x 8192, 1024 rows, H200: 314 us with slabs of 24 MB, which
+# stay in the L2 cache, 268 us with 64 MB or all of W.
+SLAB_BYTES = 64 << 20
 
 
 def _forward(x, codes, scales, zeros, table, group_size, bias, activation_bits):
     x = _rows(x)
     out = x.new_empty(x.shape[0], codes.shape[0])
-    if x.is_cuda and not _core.int4_gemm_fits(x, codes, scales, table):
+    if x.is_cuda and not _core.int4_gemm_fits(x, codes, scales, table, False):
         return _forward_slabs(x, codes, scales, zeros, table, group_size, bias, out)
     bytes = _core.int4_gemm_bytes(x, codes, x.shape[1], False, activation_bits, torch.get_num_threads())
     workspace = torch.empty(bytes, dtype=torch.uint8, device=x.device)
@@ -102,7 +106,7 @@ def _forward_fake(x, codes, scales, zeros, table, group_size, bias, activation_b
 def _backward(grad, codes, scales, zeros, table, group_size, columns):
     grad = _rows(grad)
     grad_x = grad.new_empty(grad.shape[0], columns)
-    if grad.is_cuda:
+    if grad.is_cuda and not _core.int4_gemm_fits(grad, codes, scales, table, True):
         return _backward_slabs(grad, codes, scales, zeros, table, group_size, grad_x)
     bytes = _core.int4_gemm_bytes(grad, codes, columns, True, 0, torch.get_num_threads())
     workspace = torch.empty(bytes, dtype=torch.uint8, device=grad.device)
@@ -113,7 +117,7 @@ def _backward(grad, codes, scales, zeros, table, group_size, columns):
 def _backward_slabs(grad, codes, scales, zeros, table, group_size, grad_x):
     """Slabs of columns, so that each column's sum over N is one GEMM and rounded once."""
     n, k = codes.shape[0], grad_x.shape[1]
-    unit = max(256, group_size) if group_size < k else k  # a view begins at a whole block and a whole group
+    unit = math.lcm(256, group_size) if group_size < k else 256  # a view begins at a whole block and a whole group
     step = max(unit, SLAB_BYTES // (n * grad.element_size()) // unit * unit)
     slab = grad.new_empty(n * min(step, k))
     for begin in range(0, k, step):
