@@ -3,9 +3,12 @@
 
 import pytest
 import torch
+import transformers
 
-from fastpost.hf import int4_awq, int4_bitsandbytes, int4_compressed, int4_gptq
+import tiny
+from fastpost.hf import int4_awq, int4_bitsandbytes, int4_compressed, int4_gptq, load_int4
 from fastpost.hf.int4_tensors import Part
+from fastpost.nn import Int4Linear
 
 
 class Held(dict):
@@ -90,3 +93,34 @@ def test_bitsandbytes_module(nested):
     x = torch.randn(5, 192).bfloat16()
     error = (ours.dequantize() @ x.float().t()).t() - made(x).float()
     assert error.norm() < 1e-2 * made(x).float().norm()
+
+
+def test_a_folder_that_transformers_and_bitsandbytes_wrote(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    path = tiny.folder(tmp_path / "plain", tie=False, hidden_size=64, intermediate_size=128, head_dim=16)
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=config, dtype=torch.bfloat16, device_map="cpu"
+    )
+    theirs.save_pretrained(tmp_path / "nf4")
+    ours = load_int4(tmp_path / "nf4", torch.bfloat16)
+    names = [name for name, m in ours.named_modules() if isinstance(m, Int4Linear)]
+    assert len(names) == 14
+    for name in names:
+        weight = theirs.get_submodule(name).weight
+        exact = bitsandbytes_weight(weight)
+        assert torch.equal(ours.get_submodule(name).dequantize(exact.dtype), exact), name
+    ids = torch.arange(5, 25)[None]
+    a, b = ours(ids).logits.float(), theirs(ids).logits.float()
+    assert (a - b).norm() < 3e-2 * b.norm()
+
+
+def bitsandbytes_weight(weight):
+    import bitsandbytes.functional as functional
+
+    return functional.dequantize_4bit(weight.data, weight.quant_state)
