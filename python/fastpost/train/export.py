@@ -97,8 +97,8 @@ def export(
         error, size = int4_lora.requantized(model, like), difference(logits(model), before)
         say(f"check  four bits again: relative error of the weights {error:.4f}, of the logits {size:.4f}")
         if size > effect / 2:  # a small change of a weight mostly rounds back to the code that was there
-            say(f"WARNING: the adapter changes the logits by {effect:.4f}: rounding undoes much of it. --merge keeps it, "
-                "and so does the adapter upon the four-bit base.")  # fmt: skip
+            say(f"WARNING: the adapter changes the logits by {effect:.4f}: rounding undoes much of it. --merge keeps "
+                "it, and so does the adapter upon the four-bit base.")  # fmt: skip
         four_bit = folder.is_quantized(place.base)
         kind = kind or (torch.bfloat16 if four_bit else folder.stored_dtype(place.base))
         before = logits(model)
