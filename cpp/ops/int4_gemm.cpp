@@ -1,12 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// On a CPU, W is decoded piece by piece into caches and multiplied there, in one of three ways. Few rows of x: sums of
-// neighbouring columns in the lanes of a register. Several: twelve rows of W at a time against a panel whose lanes are
-// rows of x. Many: as many rows of W as fit the second-level cache, against one panel after the other. The backward
-// decodes 128 columns of W at a time, with columns in the lanes.
+// On a CPU, W is decoded piece by piece into registers or caches and multiplied there.
 //
-// Every sum runs in an order that depends on the shape of W alone, and on whether rows of x are few: so a row has the
-// same bits whatever other rows there are, up to kFewRows of them or more, and however many threads work.
+// Few rows of x: a table of 16 values per group turns codes into weights, which go straight into sums of neighbouring
+// columns; eight rows of x at a time. Many: as many rows of W as fit the second-level cache, against one panel of x after
+// the other, whose lanes are rows of x. The backward decodes 128 columns of W at a time, with columns in the lanes.
+// Int8 multipliers take codes as they are: one row of bfloat16 in two digits (kept finer than bfloat16 would be), or
+// rows of eight bits where those are allowed.
+//
+// Every sum runs in an order that depends on the shape of W and the way alone, not on the number of threads. So a row has
+// the same bits whatever other rows there are, as long as they are as few or as many.
 #include <algorithm>
+#include <cstring>
+#include <string>
+#include <utility>
 
 #include "core/arena.h"
 #include "core/check.h"
@@ -61,7 +67,8 @@ Int4Rows rows_of(const Tensor& codes, const Tensor& scales, const Tensor& zeros,
 
 // ---- how the work is cut ----------------------------------------------------------------------------------------------
 
-constexpr int64_t kFineRows = 4;              // up to which W4A8 gains nothing
+constexpr int64_t kFew = 24;                  // rows of x in bfloat16 that are faster without panels
+constexpr int64_t kFineRows = 4;              // rows that W4A8 gains nothing for
 constexpr int64_t kDecodedBytes = 384 << 10;  // of W at a time, of the second-level cache
 constexpr int64_t kBackwardRows = 1024;       // of W at a time, one block of columns wide
 constexpr int64_t kBackwardSums = 512;        // rows of grad, whose sums take as much again
@@ -82,7 +89,7 @@ struct Shape {
     sum_steps = pairs ? steps : 512;
     block_rows = std::clamp<int64_t>(kDecodedBytes / (4 * row_words) / 48 * 48, 12, kMaxBlock);
   }
-  bool few() const { return m <= (pairs ? 32 : kFewRows); }
+  bool few() const { return m <= (pairs ? kFew : kFewRows); }
   bool digits() const { return m == 1; }  // what int8 multipliers do with one row of x
   int64_t row_blocks() const { return (n + block_rows - 1) / block_rows; }
   int64_t int8_panels() const { return (n + kInt8Rows - 1) / kInt8Rows; }

@@ -106,19 +106,21 @@ void pack(const Int4Rows& w, DType dtype, const void* src, int64_t row, const In
 constexpr int kDigitRows = 4;  // rows of W that share what is loaded of x
 
 template <int Parts, bool Zeros>
-inline void add_digits(const Int4Rows& w, int64_t row, int64_t last, const Int8Rows& x, F32* sums) {
+inline void add_digits(const Int4Rows& w, int64_t row, int64_t last, const Int8Rows& x, F32* out) {
   const int64_t blocks = blocks_of(w.k);
   const __m512i nibbles = _mm512_set1_epi8(15), none = _mm512_setzero_si512();
   const uint8_t* codes[kDigitRows];
   for (int r = 0; r < kDigitRows; ++r) codes[r] = w.codes + (row + r < last ? row + r : last) * w.codes_row;
   Scales s[kDigitRows];
+  F32 sums[kDigitRows];
+  for (F32& of_row : sums) of_row = broadcast(0.0f);
   for (int64_t begin = 0; begin < blocks; begin += kMostBlocks) {
     const int64_t n = blocks - begin < kMostBlocks ? blocks - begin : kMostBlocks;
     for (int r = 0; r < kDigitRows; ++r) {
       read_scales<Zeros>(w, row + r < last ? row + r : last, begin * Parts, n * Parts, s + r);
       // Once for all of its codes, each part takes off zero·scale·Σ x; then its scale becomes that of the products.
       for (int64_t i = 0; i < n * Parts; i += 16) {
-        const __mmask16 there = n * Parts - i >= 16 ? 0xffff : static_cast<__mmask16>((1 << (n * Parts - i)) - 1);
+        const __mmask16 there = first_of(n * Parts - i);
         const __m512 scale = _mm512_maskz_loadu_ps(there, s[r].scale + i);
         const __m512 zero = Zeros ? _mm512_maskz_loadu_ps(there, s[r].zero + i) : _mm512_set1_ps(int4::kSymmetricZero);
         const __m512 off = _mm512_mul_ps(zero, _mm512_maskz_loadu_ps(there, x.sums + begin * Parts + i));
@@ -143,17 +145,19 @@ inline void add_digits(const Int4Rows& w, int64_t row, int64_t last, const Int8R
       }
     }
   }
+  for (int r = 0; r < kDigitRows; ++r) out[r] = sums[r];
 }
 
 void multiply_digits(const Int4Rows& w, int64_t begin, int64_t end, const Int8Rows& x, float* y) {
+  static_assert(kStep % 16 == 0);
+  F32 sums[kStep];
+  for (F32& s : sums) s = broadcast(0.0f);
   with_format(w, [&]<int Parts, bool Zeros>() {
     for (int64_t row = begin; row < end; row += kDigitRows) {
-      F32 sums[kDigitRows];
-      for (F32& s : sums) s = broadcast(0.0f);
-      add_digits<Parts, Zeros>(w, row, end - 1, x, sums);
-      for (int r = 0; r < kDigitRows && row + r < end; ++r) y[row - begin + r] = sum(sums[r]);
+      add_digits<Parts, Zeros>(w, row, end - 1, x, sums + (row - begin));
     }
   });
+  sums_of(sums, y);
 }
 
 // ---- rows of int8 ----------------------------------------------------------------------------------------------------

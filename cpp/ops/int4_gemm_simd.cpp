@@ -215,10 +215,9 @@ void few_of(const Int4Rows& w, int64_t begin, int64_t end, const uint32_t* x, in
   const int64_t blocks = blocks_of(w.k);
   with_format(w, [&]<int Parts, bool Zeros>() {
     for (int64_t row = begin; row < end; row += R) {
-      F32 sums[R][M];
-      for (int r = 0; r < R; ++r) {
-        for (int i = 0; i < M; ++i) sums[r][i] = broadcast(0.0f);
-      }
+      F32 sums[R * M];
+#pragma GCC unroll 24
+      for (F32& s : sums) s = broadcast(0.0f);
       if constexpr (Pairs) {
 #if defined(__AVX512BF16__)
         decode_pairs<Parts, Zeros, R>(w, row, end - 1, 0, blocks, kAhead, [&](int64_t b, int j, const __m512i* pairs) {
@@ -226,7 +225,8 @@ void few_of(const Int4Rows& w, int64_t begin, int64_t end, const uint32_t* x, in
           for (int i = 0; i < M; ++i) {
             const __m512bh words = (__m512bh)_mm512_loadu_si512(x + i * x_row + b * kSteps<true> + 16 * j);
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) sums[r][i].v = _mm512_dpbf16_ps(sums[r][i].v, (__m512bh)pairs[r], words);
+            for (int r = 0; r < R; ++r)
+              sums[r * M + i].v = _mm512_dpbf16_ps(sums[r * M + i].v, (__m512bh)pairs[r], words);
           }
         });
 #endif
@@ -234,12 +234,14 @@ void few_of(const Int4Rows& w, int64_t begin, int64_t end, const uint32_t* x, in
         decode_floats<Parts, Zeros>(w, row, 0, blocks, kAhead, [&](int64_t b, int nibble, int word, F32 value) {
           for (int i = 0; i < M; ++i) {
             const float* words = reinterpret_cast<const float*>(x + i * x_row + b * kSteps<false> + 16 * nibble + word);
-            sums[0][i] = fma(value, load(words), sums[0][i]);
+            sums[i] = fma(value, load(words), sums[i]);
           }
         });
       }
+      float results[R * M];
+      sums_of(sums, results);
       for (int i = 0; i < M; ++i) {
-        for (int r = 0; r < R && row + r < end; ++r) y[i * kStep + row - begin + r] = sum(sums[r][i]);
+        for (int r = 0; r < R && row + r < end; ++r) y[i * kStep + row - begin + r] = results[r * M + i];
       }
     }
   });
