@@ -159,7 +159,8 @@ void policy_loss_backward(Tensor cu_seqlens, Tensor derivative, Tensor count, Te
 // slice of rows, or of columns from a multiple of 128 and group_size on, is a view.
 
 // out [M, N] = x [M, K] · Wᵀ + bias? [N]: x, bias and out of one float dtype, sums in float32. Weights are rounded to that
-// dtype at most once. activation_bits: 0, or 8 on a CPU: rows of x become int8 with a scale for each 32 columns (W4A8).
+// dtype at most once. activation_bits: 0, or 8 on a CPU: where that is faster, rows of x become int8 with a scale for each 32
+// columns (W4A8).
 // Workspace: uint8, as many bytes as int4_gemm_bytes says.
 void int4_gemm(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor table, int64_t group_size, Tensor bias,
                int64_t activation_bits, Tensor workspace, Tensor out);

@@ -200,7 +200,7 @@ def kernels(folder: Path) -> dict[str, list[str]]:
     """op -> names of the __global__ functions in cuda/ops/<op>.cu (and <op>_sm90.cu)."""
     found: dict[str, list[str]] = {}
     for path in sorted(folder.glob("*.cu")):
-        text = re.sub(r"__launch_bounds__\([^)]*\)", "", path.read_text(encoding="utf-8"))
+        text = re.sub(r"__launch_bounds__\((?:[^()]|\([^()]*\))*\)", "", path.read_text(encoding="utf-8"))
         names = re.findall(r"__global__\s+void\s+(\w+)\s*\(", text)
         found.setdefault(re.sub(r"_sm\d+$", "", path.stem), []).extend(names)
     return found

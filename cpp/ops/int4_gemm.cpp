@@ -27,6 +27,7 @@ namespace fastpost {
 namespace {
 
 constexpr const char* kOp = "int4_gemm";
+constexpr const char* kFitting = "what int4_gemm_fits accepts";
 
 static_assert([] {  // each place of a block is that of one column
   for (int c = 0; c < int4::kBlock; ++c) {
@@ -349,6 +350,7 @@ void int4_gemm(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor table
   }
   if (x.device == Device::CUDA) {
     if (activation_bits) fail(kOp, "activation_bits", "None on a GPU", "8", "int8 activations are for CPUs.");
+    if (!cuda::int4_gemm_fits(x, codes, scales, table, false)) fail(kOp, "x", kFitting, describe(x));
     return cuda::int4_gemm(x, codes, scales, zeros, table, group_size, bias, workspace, out);
   }
   if (m == 0 || n == 0) return;
@@ -364,6 +366,7 @@ void int4_gemm_backward(Tensor grad, Tensor codes, Tensor scales, Tensor zeros, 
   expect_weight(codes, scales, zeros, table, k, group_size, grad);
   expect(kOp, "grad", grad, {grad.dtype}, {m, codes.size(0)}, Layout::ContiguousRows);
   if (grad.device == Device::CUDA) {
+    if (!cuda::int4_gemm_fits(grad, codes, scales, table, true)) fail(kOp, "grad", kFitting, describe(grad));
     return cuda::int4_gemm_backward(grad, codes, scales, zeros, table, group_size, grad_x);
   }
   if (m == 0 || k == 0) return;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // x · Wᵀ for few rows of x, where reading W is what takes time: each code is read once, by the thread that needs it, which
 // copies 16 bytes at a time to a ring of its own in shared memory, and goes through mma.m16n8k16 with W as the left factor.
 // A warp has 16 rows of W and a slice of the columns; a block of threads has as many rows as give every multiprocessor one

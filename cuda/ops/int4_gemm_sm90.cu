@@ -353,7 +353,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
 
   if (thread < kGroup) {
-    cutlass::arch::warpgroup_reg_dealloc<96>();
+    cutlass::arch::warpgroup_reg_dealloc<88>();
     if (thread == 0) {
       for (int step = 0; step < steps; ++step) {
         const int stage = step % kStages, turn = step / kStages;

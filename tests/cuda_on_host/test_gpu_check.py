@@ -30,7 +30,7 @@ def check():
 
 @pytest.fixture
 def run(check, tmp_path):
-    return check.Run(SimpleNamespace(minutes=1.0, out=tmp_path, rehearse=False, device="cuda"))
+    return check.Run(SimpleNamespace(minutes=1.0, out=tmp_path, rehearse=False, device="cuda", skip=[]))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -47,25 +47,32 @@ def test_missing_tools_are_named(check, monkeypatch):
     monkeypatch.setenv("CUDACXX", "no-such-nvcc")
     monkeypatch.setattr(check, "PACKAGES", ("pytest", "no-such-package"))
     monkeypatch.setattr(check.shutil, "which", lambda name: None)
-    problems = "\n".join(check.missing(SimpleNamespace(rehearse=True, wheels=None)))
+    problems = "\n".join(check.missing(SimpleNamespace(rehearse=True, wheels=None, wheel=None)))
     assert "no nvcc: install the CUDA toolkit" in problems and "no g++ on PATH" in problems
     assert "pip install no-such-package" in problems and "pytest" not in problems
 
 
-def test_counts_of_tests(check, tmp_path):
-    report = tmp_path / "tests.xml"
-    report.write_text(
-        "<testsuites><testsuite>"
-        '<testcase classname="tests.ops.test_token_logprob" name="a"/>'
-        '<testcase classname="tests.ops.test_token_logprob" name="b"><failure>x</failure></testcase>'
-        '<testcase classname="tests.ops.test_token_logprob" name="c"><skipped>x</skipped></testcase>'
-        '<testcase classname="test_boundary" name="d"><error>x</error></testcase>'
-        "</testsuite></testsuites>"
-    )
-    assert check.count_tests(report) == {
-        "token_logprob": {"passed": 1, "failed": 1, "skipped": 1},
-        "boundary": {"passed": 0, "failed": 1, "skipped": 0},
-    }
+def test_counts_of_tests(check):
+    """From a run in one process and from one in several; names of cases may hold anything."""
+    plain = """
+tests/ops/test_token_logprob.py::test_a[x::y] PASSED                     [  1%]
+tests/ops/test_token_logprob.py::test_b FAILED [ 50%]
+tests/ops/test_token_logprob.py::test_c SKIPPED (needs AVX) [ 75%]
+tests/test_boundary.py::test_d ERROR                                     [100%]
+FAILED tests/ops/test_token_logprob.py::test_b - AssertionError
+"""
+    several = """
+tests/test_boundary.py::test_d
+[gw0] [  1%] PASSED tests/ops/test_token_logprob.py::test_a[x::y]
+[gw11] [ 50%] FAILED tests/ops/test_token_logprob.py::test_b
+[gw1] [ 75%] SKIPPED tests/ops/test_token_logprob.py::test_c
+[gw0] [100%] ERROR tests/test_boundary.py::test_d
+"""
+    for log in (plain, several):
+        assert check.count_tests(log) == {
+            "token_logprob": {"passed": 1, "failed": 1, "skipped": 1},
+            "boundary": {"passed": 0, "failed": 1, "skipped": 0},
+        }
 
 
 def test_reports_of_ops_become_one(check):

@@ -83,7 +83,9 @@ def test_views_with_offsets_and_strides(device):
     )
     for x in logits:
         expected = fastpost.token_logprob(x.contiguous(), target[:9] % 50)
-        assert torch.equal(fastpost.token_logprob(x, target[:9] % 50), expected)
+        ours = fastpost.token_logprob(x, target[:9] % 50)
+        # On a GPU, where a row begins decides which thread adds which of its logits.
+        assert torch.equal(ours, expected) if device == "cpu" else error(ours, expected.double()) < 1e-6
 
 
 @pytest.mark.parametrize("ignore", [0, 7])
