@@ -6,6 +6,8 @@ namespace fastpost::cuda {
 namespace {
 
 // ---- dequantise: a warp writes 256 neighbouring columns of a row at a time, whole lines of memory ----
+// H200, 8192 x 8192 to bfloat16: 100 µs (1.7 TB/s) when four threads wrote 64 bytes side by side, with the L2 cache at 92 %
+// of what it can do; whole lines are meant to halve that and are not yet timed.
 
 constexpr int kDequantizeThreads = 256, kWarpBlocks = 8;  // blocks of a row that a warp takes, two at a time
 

@@ -3,6 +3,11 @@
 // copies 16 bytes at a time to a ring of its own in shared memory, and goes through mma.m16n8k16 with W as the left factor.
 // A warp has 16 rows of W and a slice of the columns; a block of threads has as many rows as give every multiprocessor one
 // block, and adds up its slices in a fixed order: no workspace, no second kernel, the same bits every run.
+//
+// H200, 8192 x 8192, groups of 128, with clusters of two blocks in place of slices: 1 row 21.7 µs, 16 rows 30.5 (torch.mm in
+// bfloat16 39.5 and 35.4; what reading takes: 8). With clusters of four 27 µs: the profiler saw multiprocessors without work
+// and others with twice as much, which slices within a block cannot have. Passes its tests so, not yet timed. Loads to
+// registers instead of the ring: 30 µs, because a thread waits for all of them when it needs one.
 #include "cuda/ops/int4_gemm.cuh"
 
 namespace fastpost::cuda {

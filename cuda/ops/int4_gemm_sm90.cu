@@ -3,6 +3,10 @@
 // registers: its codes go from global memory to them, become scale·(code - zero) there, rounded once, and never touch
 // shared memory. x comes by TMA, one warp group loads it, two multiply: 128 rows of W by 64, 128 or 256 of x. Where there
 // are few tiles, two blocks share one, half of the columns each, and one adds the other's sums to its own.
+//
+// H200, 8192 x 8192, groups of 128, µs beside torch.mm in bfloat16: 512 rows 98 (90), 1024 rows 193 (175), 4096 rows 815
+// (691). Without sharing tiles: 64 rows 48 (39), 128 rows 50 (38), 256 rows 65 (51); with it they pass their tests and are
+// not yet timed. Tried and no faster: clusters that load x once and send it to all (98), other depths of the ring.
 #include <cuda.h>
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
