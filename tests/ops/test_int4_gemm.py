@@ -423,3 +423,25 @@ def test_gradient_on_a_gpu_without_slabs(m, dtype, device):
         _core.int4_gemm_backward(grad, *core_arguments(w), none.to(device), out)
         exact, rounded = reference.dequantize(w), w.dequantize(dtype)
         assert good(out, (grad.float() @ rounded.float()).to(dtype), grad.double() @ exact.double()), (n, k)
+
+
+def test_whoever_watches_sees_the_call(device):
+    """Without gradients a call goes straight to the kernel, unless a mode wants to know of it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    w, x = weight_of(24, 96, 32, device=device), torch.randn(4, 96, device=device)
+    plain = fastpost.int4_gemm(x, w)
+    with Watch():
+        watched = fastpost.int4_gemm(x, w)
+    assert torch.equal(plain, watched) and "fastpost.int4_gemm.default" in seen
+    assert torch.equal(fastpost.int4_gemm(x.requires_grad_(), w).detach(), plain)
+    with torch.no_grad():
+        assert torch.equal(fastpost.int4_gemm(x, w), plain)
+    assert fastpost.int4_gemm(x, w).requires_grad

@@ -13,7 +13,7 @@ import torch
 
 from fastpost import _core
 from fastpost.int4 import Int4Weight
-from fastpost.ops._register import USE_REFERENCE, expect_plain, register
+from fastpost.ops._register import USE_REFERENCE, expect_plain, may_skip_dispatcher, register
 from fastpost.reference import int4_gemm as reference
 
 
@@ -51,8 +51,9 @@ def int4_gemm(
     rows = x.reshape(-1, weight.columns)
     if weight.order is not None:
         rows = rows.index_select(1, weight.order)
-    out = _forward_op(rows, weight.codes, weight.float_scales(), weight.zeros, weight.table, weight.group_size, bias,
-                      activation_bits or 0)  # fmt: skip
+    call = _forward if may_skip_dispatcher(rows, weight.codes, bias) else _forward_op
+    out = call(rows, weight.codes, weight.float_scales(), weight.zeros, weight.table, weight.group_size, bias,
+               activation_bits or 0)  # fmt: skip
     return out.view(*x.shape[:-1], out.shape[1])
 
 
