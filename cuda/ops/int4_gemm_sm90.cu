@@ -27,10 +27,15 @@ using Empty = cutlass::arch::ClusterBarrier;
 
 constexpr int kTileRows = 128;  // of W
 constexpr int kGroup = 128, kConsumers = 2 * kGroup, kThreads = kGroup + kConsumers;
-constexpr int kStageColumns = 64;       // 128 bytes of a row of x: what one swizzled row of shared memory holds
-constexpr int kOutRow = kTileRows + 8;  // elements; the padding puts rows in other banks
-constexpr int kPair = 2;                // blocks of codes that are copied together: whole lines of 128 bytes of a row
-constexpr int kRing = 4;                // blocks of codes that a thread has room for
+// Of a thread, once the warp groups have parted. A block has 168 for each of its threads, and a warp group that asks for more
+// than the others have given back waits for ever.
+constexpr int kLoadRegisters = 40, kMultiplyRegisters = 232;
+static_assert(kGroup * kLoadRegisters + kConsumers * kMultiplyRegisters <= 168 * kThreads);
+static_assert(kGroup * 48 <= kConsumers * 24);  // what the backward's loaders keep for themselves
+constexpr int kStageColumns = 64;               // 128 bytes of a row of x: what one swizzled row of shared memory holds
+constexpr int kOutRow = kTileRows + 8;          // elements; the padding puts rows in other banks
+constexpr int kPair = 2;  // blocks of codes that are copied together: whole lines of 128 bytes of a row
+constexpr int kRing = 4;  // blocks of codes that a thread has room for
 constexpr int kRingBytes = kRing * kTileRows * int4::kBlockBytes;
 constexpr int kMostShared = 216 << 10;
 
@@ -192,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
 
   if (thread < kGroup) {  // loads x
-    cutlass::arch::warpgroup_reg_dealloc<40>();
+    cutlass::arch::warpgroup_reg_dealloc<kLoadRegisters>();
     if (thread == 0) {
       for (int step = 0; step < steps; ++step) {
         const int stage = step % kStages, turn = step / kStages;
@@ -208,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     return;
   }
-  cutlass::arch::warpgroup_reg_alloc<232>();
+  cutlass::arch::warpgroup_reg_alloc<kMultiplyRegisters>();
   const Int4Matrix& w = work.w;
   const int warp = (thread - kGroup) / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
   int64_t row[2];
@@ -357,7 +362,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
 
   if (thread < kGroup) {
-    cutlass::arch::warpgroup_reg_dealloc<88>();
+    cutlass::arch::warpgroup_reg_dealloc<kLoadRegisters + 48>();
     if (thread == 0) {
       for (int step = 0; step < steps; ++step) {
         const int stage = step % kStages, turn = step / kStages;
@@ -412,7 +417,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     return;
   }
-  cutlass::arch::warpgroup_reg_alloc<208>();
+  cutlass::arch::warpgroup_reg_alloc<kMultiplyRegisters - 24>();
   const int warp = (thread - kGroup) / 32, g = lane / 4, t = lane % 4, j = warp % 4, h = warp / 4;
   const int shift = 4 * (4 * (g % 2) + j), picked = g / 2 * 16 + 8 * h;
 

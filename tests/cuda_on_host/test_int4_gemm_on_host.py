@@ -2,6 +2,7 @@
 """int4_gemm's CUDA kernels on the CPU: matrix instructions are replaced by shuffles that follow the same fragments."""
 
 import shutil
+from dataclasses import replace
 
 import on_host
 import pytest
@@ -25,8 +26,6 @@ def test_few_rows(case, dtype, core):
     core.int4_gemm(
         x, weight.codes, weight.float_scales(), weight.zeros, weight.table, weight.group_size, bias, None, out
     )
-    from dataclasses import replace
-
     plain = replace(weight, order=None)
     truth = x.double() @ reference.dequantize(plain).double().T + (0 if bias is None else bias.double())
     rounded = (x.float() @ reference.dequantize(plain).to(dtype).float().T + (0 if bias is None else bias.float())).to(
@@ -41,6 +40,4 @@ def test_dequantize(case, dtype, core):
     _, weight, _ = case.inputs()
     out = torch.full((case.n, case.k), torch.nan, dtype=dtype)
     core.int4_gemm_dequantize(weight.codes, weight.float_scales(), weight.zeros, weight.table, weight.group_size, out)
-    from dataclasses import replace
-
     assert torch.equal(out, reference.dequantize(replace(weight, order=None)).to(dtype))
