@@ -107,8 +107,8 @@ def _forward_fake(x, codes, scales, zeros, table, group_size, bias, activation_b
 def _backward(grad, codes, scales, zeros, table, group_size, columns):
     grad = _rows(grad)
     grad_x = grad.new_empty(grad.shape[0], columns)
-    # cuda/ops/int4_gemm_sm90.cu has a kernel that needs no slabs. In its run on an H200 it hung: warp groups asked for
-    # more registers than a block has. They no longer do, but until it has run, nobody's training depends on it.
+    # cuda/ops/int4_gemm_sm90.cu has a kernel that needs no slabs. In its run on an H200 it hung, most likely because
+    # warp groups asked for more registers than a block has. They no longer do; until it has run, nothing depends on it.
     if grad.is_cuda:
         return _backward_slabs(grad, codes, scales, zeros, table, group_size, grad_x)
     bytes = _core.int4_gemm_bytes(grad, codes, columns, True, 0, torch.get_num_threads())
