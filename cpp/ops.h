@@ -176,7 +176,7 @@ void int4_gemm_dequantize(Tensor codes, Tensor scales, Tensor zeros, Tensor tabl
 // int4_gemm_dequantize and the framework's GEMM, slab by slab.
 bool int4_gemm_fits(Tensor x, Tensor codes, Tensor scales, Tensor table, bool backward);
 
-// Workspace of int4_gemm for x [M, K], or of its backward for grad [M, N], on so many threads.
+// Workspace of int4_gemm for x [M, K], or of its backward for grad [M, N], on so many threads; none on a GPU.
 int64_t int4_gemm_bytes(Tensor x, Tensor codes, int64_t columns, bool backward, int64_t activation_bits,
                         int64_t threads);
 

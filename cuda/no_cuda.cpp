@@ -52,9 +52,8 @@ void policy_loss(Tensor, Tensor, Tensor, int64_t, const PolicyObjective&, Tensor
 void policy_loss_backward(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor) { no_cuda("policy_loss"); }
 
 bool int4_gemm_fits(Tensor, Tensor, Tensor, Tensor, bool) { no_cuda("int4_gemm"); }
-void int4_gemm(Tensor, Tensor, Tensor, Tensor, Tensor, int64_t, Tensor, Tensor, Tensor) { no_cuda("int4_gemm"); }
+void int4_gemm(Tensor, Tensor, Tensor, Tensor, Tensor, int64_t, Tensor, Tensor) { no_cuda("int4_gemm"); }
 void int4_gemm_backward(Tensor, Tensor, Tensor, Tensor, Tensor, int64_t, Tensor) { no_cuda("int4_gemm"); }
 void int4_gemm_dequantize(Tensor, Tensor, Tensor, Tensor, int64_t, Tensor) { no_cuda("int4_gemm"); }
-int64_t int4_gemm_bytes(Tensor, Tensor) { no_cuda("int4_gemm"); }
 
 }  // namespace fastpost::cuda

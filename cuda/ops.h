@@ -54,10 +54,9 @@ void policy_loss_backward(Tensor cu_seqlens, Tensor derivative, Tensor count, Te
 // What int4_gemm_fits refuses goes through int4_gemm_dequantize and the framework's GEMM, slab by slab.
 bool int4_gemm_fits(Tensor x, Tensor codes, Tensor scales, Tensor table, bool backward);
 void int4_gemm(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor table, int64_t group_size, Tensor bias,
-               Tensor workspace, Tensor out);
+               Tensor out);
 void int4_gemm_backward(Tensor grad, Tensor codes, Tensor scales, Tensor zeros, Tensor table, int64_t group_size,
                         Tensor grad_x);
 void int4_gemm_dequantize(Tensor codes, Tensor scales, Tensor zeros, Tensor table, int64_t group_size, Tensor out);
-int64_t int4_gemm_bytes(Tensor x, Tensor codes);
 
 }  // namespace fastpost::cuda

@@ -325,7 +325,7 @@ bool int4_gemm_fits(Tensor x, Tensor codes, Tensor scales, Tensor table, bool ba
 
 int64_t int4_gemm_bytes(Tensor x, Tensor codes, int64_t columns, bool backward, int64_t activation_bits,
                         int64_t threads) {
-  if (x.device == Device::CUDA) return cuda::int4_gemm_bytes(x, codes);
+  if (x.device == Device::CUDA) return 0;
   const Shape s(x.size(0), codes.size(0), columns, x.dtype);
   Arena arena{nullptr}, of_int8{nullptr};
   if (backward) {
@@ -351,7 +351,7 @@ void int4_gemm(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor table
   if (x.device == Device::CUDA) {
     if (activation_bits) fail(kOp, "activation_bits", "None on a GPU", "8", "int8 activations are for CPUs.");
     if (!cuda::int4_gemm_fits(x, codes, scales, table, false)) fail(kOp, "x", kFitting, describe(x));
-    return cuda::int4_gemm(x, codes, scales, zeros, table, group_size, bias, workspace, out);
+    return cuda::int4_gemm(x, codes, scales, zeros, table, group_size, bias, out);
   }
   if (m == 0 || n == 0) return;
   forward(x, rows_of(codes, scales, zeros, table, k, group_size), bias, activation_bits, workspace, out);

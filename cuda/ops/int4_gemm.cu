@@ -104,10 +104,8 @@ bool int4_gemm_fits(Tensor x, Tensor codes, Tensor scales, Tensor table, bool ba
   return can_copy(x, codes) && ((!backward && x.size(0) <= kRowsMost) || can_tile(x, scales, table));
 }
 
-int64_t int4_gemm_bytes(Tensor, Tensor) { return 0; }
-
 void int4_gemm(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor table, int64_t group_size, Tensor bias,
-               Tensor, Tensor out) {
+               Tensor out) {
   const Stream stream("int4_gemm", x);
   const Int4Matrix w = int4_matrix(codes, scales, zeros, table, group_size, x.size(1));
   if (x.size(0) <= kReadingMost || !can_tile(x, scales, table)) return multiply_rows(stream, x, w, bias, out);

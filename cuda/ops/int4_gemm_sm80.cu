@@ -6,7 +6,8 @@
 //
 // H200, 8192 x 8192, groups of 128, with clusters of two blocks in place of slices: 1 row 21.7 µs, 16 rows 30.5 (torch.mm in
 // bfloat16 39.5 and 35.4; what reading takes: 8). With clusters of four 27 µs: the profiler saw multiprocessors without work
-// and others with twice as much, which slices within a block cannot have. Passes its tests so, not yet timed. Loads to
+// and others with twice as much, which slices within a block cannot have. So, it passes its tests on the host; on a GPU
+// part of them ran, and it is not yet timed. Loads to
 // registers instead of the ring: 30 µs, because a thread waits for all of them when it needs one.
 #include "cuda/ops/int4_gemm.cuh"
 

@@ -5,8 +5,8 @@
 // are few tiles, two blocks share one, half of the columns each, and one adds the other's sums to its own.
 //
 // H200, 8192 x 8192, groups of 128, µs beside torch.mm in bfloat16: 512 rows 98 (90), 1024 rows 193 (175), 4096 rows 815
-// (691). Without sharing tiles: 64 rows 48 (39), 128 rows 50 (38), 256 rows 65 (51); with it they pass their tests and are
-// not yet timed. Tried and no faster: clusters that load x once and send it to all (98), other depths of the ring.
+// (691). Without sharing tiles: 64 rows 48 (39), 128 rows 50 (38), 256 rows 65 (51); with it part of their tests ran
+// and they are not yet timed. Tried and no faster: clusters that load x once and send it to all (98), other depths of the ring.
 #include <cuda.h>
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
@@ -85,6 +85,21 @@ template <class T, int kTile, size_t... I>
 __device__ __forceinline__ void multiply(const uint32_t* a, uint64_t b, float (&d)[kTile / 2],
                                          std::index_sequence<I...>) {
   Atom<T, kTile>::fma(a[0], a[1], a[2], a[3], b, d[I]..., gmma::ScaleOut::One);
+}
+
+// sums += a · b over 32 columns, in two instructions; on return the products that were started before these are done.
+template <class T, int kTile>
+__device__ __forceinline__ void multiply_step(const uint32_t (&a)[8], uint64_t b, float (&sums)[kTile / 2]) {
+  constexpr auto kAll = std::make_index_sequence<kTile / 2>{};
+  CUTE_UNROLL
+  for (int k = 0; k < kTile / 2; ++k) cute::warpgroup_fence_operand(sums[k]);
+  cute::warpgroup_arrive();
+  multiply<T, kTile>(a, b, sums, kAll);
+  multiply<T, kTile>(a + 4, b + 2, sums, kAll);
+  cute::warpgroup_commit_batch();
+  cute::warpgroup_wait<1>();
+  CUTE_UNROLL
+  for (int k = 0; k < kTile / 2; ++k) cute::warpgroup_fence_operand(sums[k]);
 }
 
 // A tile of x in shared memory for WGMMA: rows of 128 bytes, swizzled over 8 rows (PTX ISA, matrix descriptor).
@@ -257,7 +272,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   float sums[kAccumulators];
   CUTE_UNROLL
   for (int i = 0; i < kAccumulators; ++i) sums[i] = 0;
-  constexpr auto kAll = std::make_index_sequence<kAccumulators>{};
   constexpr uint32_t kMinusZero = 0x80008000u;
 
   uint32_t a[2][8];  // of two steps of 16 columns; while one is multiplied, the other is made
@@ -285,15 +299,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         if (i % 2 == 0) Full::wait(&full[stage], phase);
         const uint64_t x = first_x_tile + stage * (kBytes / 16) + i % 2 * 4;  // 32 columns: 64 bytes, in units of 16
-        CUTE_UNROLL
-        for (int k = 0; k < kAccumulators; ++k) cute::warpgroup_fence_operand(sums[k]);
-        cute::warpgroup_arrive();
-        multiply<T, kTile>(mine, x, sums, kAll);
-        multiply<T, kTile>(mine + 4, x + 2, sums, kAll);
-        cute::warpgroup_commit_batch();
-        cute::warpgroup_wait<1>();  // the products before these are done
-        CUTE_UNROLL
-        for (int k = 0; k < kAccumulators; ++k) cute::warpgroup_fence_operand(sums[k]);
+        multiply_step<T, kTile>(mine, x, sums);
         if (i % 2 == 0) {
           const int before = stage == 0 ? kStages - 1 : stage - 1;
           if (block + d + i > first_block && lane == 0) Empty::arrive(&empty[before]);
@@ -424,7 +430,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   float sums[kAccumulators];
   CUTE_UNROLL
   for (int i = 0; i < kAccumulators; ++i) sums[i] = 0;
-  constexpr auto kAll = std::make_index_sequence<kAccumulators>{};
   constexpr uint32_t kMinusZero = 0x80008000u;
   uint32_t a[2][8];
   const uint64_t first_tile = x_descriptor(shared);
@@ -454,15 +459,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
       const uint64_t grad = first_tile + stage * (kBytes / 16) + i * 4;
-      CUTE_UNROLL
-      for (int k = 0; k < kAccumulators; ++k) cute::warpgroup_fence_operand(sums[k]);
-      cute::warpgroup_arrive();
-      multiply<T, kTile>(mine, grad, sums, kAll);
-      multiply<T, kTile>(mine + 4, grad + 2, sums, kAll);
-      cute::warpgroup_commit_batch();
-      cute::warpgroup_wait<1>();  // the products before these are done
-      CUTE_UNROLL
-      for (int k = 0; k < kAccumulators; ++k) cute::warpgroup_fence_operand(sums[k]);
+      multiply_step<T, kTile>(mine, grad, sums);
       if (i == 0 && step > 0 && lane == 0) Empty::arrive(&empty[stage == 0 ? kStages - 1 : stage - 1]);
     }
     if (++stage == kStages) {

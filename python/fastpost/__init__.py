@@ -5,7 +5,7 @@ Names load on first use, so `import fastpost` costs about a millisecond; the ops
 nothing else.
 """
 
-import importlib
+from fastpost import lazy
 
 __version__ = "0.1.0"
 
@@ -26,17 +26,4 @@ _MODULES = ("nn", "objectives", "parallel", "reference")
 
 __all__ = [*_HOME, *_MODULES]
 
-
-def __getattr__(name: str):
-    if name in _HOME:
-        value = getattr(importlib.import_module(_HOME[name]), name)
-    elif name in _MODULES:
-        value = importlib.import_module(f"fastpost.{name}")
-    else:
-        raise AttributeError(f"module 'fastpost' has no attribute '{name}'")
-    globals()[name] = value
-    return value
-
-
-def __dir__():
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy.names(__name__, _HOME, _MODULES)

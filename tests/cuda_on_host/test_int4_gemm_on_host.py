@@ -23,9 +23,7 @@ def test_few_rows(case, dtype, core):
     if weight.order is not None:
         x = x[:, weight.order].contiguous()
     out = torch.full((case.m, case.n), torch.nan, dtype=dtype)
-    core.int4_gemm(
-        x, weight.codes, weight.float_scales(), weight.zeros, weight.table, weight.group_size, bias, None, out
-    )
+    core.int4_gemm(x, weight.codes, weight.float_scales(), weight.zeros, weight.table, weight.group_size, bias, out)
     plain = replace(weight, order=None)
     truth = x.double() @ reference.dequantize(plain).double().T + (0 if bias is None else bias.double())
     rounded = (x.float() @ reference.dequantize(plain).to(dtype).float().T + (0 if bias is None else bias.float())).to(

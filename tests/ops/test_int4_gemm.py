@@ -49,17 +49,22 @@ def backward(grad, w: Int4Weight):
     return backward_op(grad, *core_arguments(w), w.columns)
 
 
-def good(ours, plain, truth):
+def good(ours, plain, truth, room=1.05):
     """As near the truth as dequantised weights with float32 sums and one rounding; sums in another order allowed."""
-    # On a GPU, NF4's 16 values are rounded before they are scaled, and torch's own GEMM may add in bfloat16.
-    room = 1.3 if ours.is_cuda else 1.05
     return error(ours, truth) <= room * error(plain, truth) + 1e-6
 
 
-def good_product(ours, plain, truth, x, w):
+def room(x, w: Int4Weight, backward=False):
+    """What `good` leaves: more only on a GPU, where NF4's 16 values are rounded before they are scaled, and where
+    torch's GEMM, which may add in bfloat16, takes what has no kernel."""
+    kernel = not backward and _core.int4_gemm_fits(x, w.codes, w.float_scales(), w.table, False)
+    return 1.05 if not x.is_cuda or (kernel and w.table is None) else 1.3
+
+
+def good_product(ours, plain, truth, x, w, room=1.05):
     """`good`; where a row has one result, which may be next to nothing, against the length of what was multiplied."""
     if truth.shape[1] > 1:
-        return good(ours, plain, truth)
+        return good(ours, plain, truth, room)
     eps = torch.finfo(ours.dtype).eps
     limit = x.double().norm(dim=1, keepdim=True) * w.norm() * max(1e-6, eps / 2)
     return bool(((ours - truth).abs() <= limit + eps * truth.abs()).all())
@@ -135,10 +140,10 @@ def test_matches_reference(case, dtype, device):
             offset = 0.0 if bias is None else leaf_bias
             truth = leaf.double() @ exact.T + (offset if bias is None else offset.double())
             plain = (leaf.float() @ rounded.T + (offset if bias is None else offset.float())).to(dtype)
-        assert good_product(ours, plain, truth, leaf, exact)
+        assert good_product(ours, plain, truth, leaf, exact, room(leaf, w))
         grad = (torch.randn(ours.shape) * scale).to(dtype).to(device)
         ours.backward(grad)
-        assert good(leaf.grad, (grad.float() @ rounded).to(dtype), grad.double() @ exact)
+        assert good(leaf.grad, (grad.float() @ rounded).to(dtype), grad.double() @ exact, room(grad, w, True))
         if bias is not None:
             assert good(leaf_bias.grad, grad.float().sum(0).to(dtype), grad.double().sum(0))
 
@@ -153,11 +158,11 @@ def test_edges(n, k, dtype, device):
         for m in (1, 2, 3, 5, 8, 9, 33, 65):
             x = torch.randn(m, k).to(dtype).to(device)
             ours, plain, truth = fastpost.int4_gemm(x, w), (x.float() @ rounded.T).to(dtype), x.double() @ exact.T
-            assert good_product(ours, plain, truth, x, exact), (group_size, scheme, m)
+            assert good_product(ours, plain, truth, x, exact, room(x, w)), (group_size, scheme, m)
             if m in (1, 33):
                 grad = torch.randn(m, n).to(dtype).to(device)
                 plain, truth = (grad.float() @ rounded).to(dtype), grad.double() @ exact
-                assert good(backward(grad, w), plain, truth), (group_size, scheme, m)
+                assert good(backward(grad, w), plain, truth, room(grad, w, True)), (group_size, scheme, m)
 
 
 def test_gradients_add_up_over_many_rows_of_the_weight(device):
@@ -165,7 +170,7 @@ def test_gradients_add_up_over_many_rows_of_the_weight(device):
     for dtype in FLOATS:
         grad = torch.randn(600, 2500).to(dtype).to(device)
         plain, truth = (grad.float() @ w.dequantize(dtype).float()).to(dtype), grad.double() @ w.dequantize().double()
-        assert good(backward(grad, w), plain, truth)
+        assert good(backward(grad, w), plain, truth, room(grad, w, True))
 
 
 @pytest.mark.parametrize("m", [1, 2, 8, 40, 100])

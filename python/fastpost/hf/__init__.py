@@ -4,8 +4,9 @@
 Importing this makes transformers know the quant_method "fastpost" (hf/int4_quantizer.py), where transformers is there.
 """
 
-import importlib
 import importlib.util
+
+from fastpost import lazy
 
 _HOME = {  # public name -> module that defines it
     "load_int4": "fastpost.hf.int4_folder",
@@ -15,17 +16,7 @@ _HOME = {  # public name -> module that defines it
 
 __all__ = [*_HOME]
 
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module 'fastpost.hf' has no attribute '{name}'")
-    value = getattr(importlib.import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__():
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy.names(__name__, _HOME)
 
 
 def _register() -> None:

@@ -67,18 +67,9 @@ def read(part: Part, config: dict) -> Int4Weight:
     codes, zeros = nibbles(packed)[:, :k], None
     if part.has(".weight_zero_point"):
         zeros = _zeros(part, n, groups)
-    order = None
-    if part.has(".weight_g_idx"):
-        index = part.get(".weight_g_idx", (torch.int32, torch.int64), (k,)).long()
-        neighbours = torch.arange(k) // group_size
-        if not torch.equal(index, neighbours) and not bool((index == -1).all()):  # -1: no order at all
-            order = index.argsort(stable=True)
-            if not torch.equal(index[order], neighbours):
-                raise ValueError(
-                    f"{part.where('.weight_g_idx')}: expected each group {group_size} times, got something else. It "
-                    "does not fit the scales, or the file is damaged."
-                )
-            codes = codes[:, order]
+    order = part.group_order(".weight_g_idx", k, group_size, "the scales", unset=-1)  # -1: no order at all
+    if order is not None:
+        codes = codes[:, order]
     symmetric = zeros is None or bool((zeros == SYMMETRIC_ZERO).all())
     weight = Int4Weight(
         pack(codes.contiguous()), scales.contiguous(), None if symmetric else zeros, k, group_size,

@@ -56,18 +56,9 @@ def read(part: Part, config: dict) -> Int4Weight:
         zeros = _whole(zeros.long() + ONES)
     zeros = nibbles(zeros)[:, :n].t().contiguous()
     codes = nibbles(codes.t().contiguous())
-    order = None
-    if part.has(".g_idx"):
-        index = part.get(".g_idx", (torch.int32, torch.int64), (k,)).long()
-        neighbours = torch.arange(k) // group_size
-        if not torch.equal(index, neighbours):
-            order = index.argsort(stable=True)
-            if not torch.equal(index[order], neighbours):
-                raise ValueError(
-                    f"{part.where('.g_idx')}: expected each group {group_size} times, got something else. It does not "
-                    "fit group_size, or the file is damaged."
-                )
-            codes = codes[:, order]
+    order = part.group_order(".g_idx", k, group_size, "group_size")
+    if order is not None:
+        codes = codes[:, order]
     symmetric = bool((zeros == SYMMETRIC_ZERO).all())
     weight = Int4Weight(
         pack(codes), scales.t().contiguous(), None if symmetric else zeros, k, group_size,

@@ -100,6 +100,28 @@ class Part:
             )
         return tensor
 
+    def group_order(
+        self, suffix: str, columns: int, group_size: int, fits: str, unset: int | None = None
+    ) -> torch.Tensor | None:
+        """[K] int64 that sorts columns into their groups, from the group of each in `name + suffix`. None where there
+        is no such tensor, the groups are neighbours already, or all say `unset`.
+
+        Raises ValueError where a group has not `group_size` columns (the last: what is left); `fits`: what else says
+        how large groups are."""
+        if not self.has(suffix):
+            return None
+        index = self.get(suffix, (torch.int32, torch.int64), (columns,)).long()
+        neighbours = torch.arange(columns) // group_size
+        if torch.equal(index, neighbours) or (unset is not None and bool((index == unset).all())):
+            return None
+        order = index.argsort(stable=True)
+        if not torch.equal(index[order], neighbours):
+            raise ValueError(
+                f"{self.where(suffix)}: expected each group {group_size} times, got something else. It does not fit "
+                f"{fits}, or the file is damaged."
+            )
+        return order
+
 
 def _index(file: Path) -> dict[str, str]:
     try:
