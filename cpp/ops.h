@@ -180,4 +180,78 @@ bool int4_gemm_fits(Tensor x, Tensor codes, Tensor scales, Tensor table, bool ba
 int64_t int4_gemm_bytes(Tensor x, Tensor codes, int64_t columns, bool backward, int64_t activation_bits,
                         int64_t threads);
 
+// ---- moe_route: which expert works on which token ----------------------------------------------------------------------
+// T tokens choose K of E experts each: R = T·K slots, slot t·K + k. In grouped order rows are sorted by expert, then by
+// slot. A plan is offset [E + 1] int32 (expert e has rows offset[e] to offset[e + 1]), order [R] int32 (row -> slot) and
+// place [T, K] int32 (slot -> row). An expert numbered E stands for "nobody here": such slots have place -1 and come last.
+
+// logits [T, E] float32, bfloat16, float16 or (CPU) float64, contiguous rows. score = softmax over E, or sigmoid; the
+// top_k largest of score + correction? [E] float32 are chosen, between equals the lower number. gate = scale·score of the
+// chosen, divided by their sum if normalize. out: expert [T, K] int64, the plan, and in float32 (float64): gate [T, K],
+// probability [E] = mean over tokens of score (sigmoid: score / its sum), losses [2] = E·Σ_e (share of slots of e)·
+// probability[e], and the mean of logsumexp(logits)². On a CPU a NaN is refused; on a GPU its token's gates become NaN.
+// workspace: uint8, as many bytes as moe_route_bytes says.
+void moe_route(Tensor logits, int64_t top_k, bool sigmoid, bool normalize, float scale, Tensor correction,
+               Tensor workspace, Tensor expert, Tensor gate, Tensor offset, Tensor order, Tensor place,
+               Tensor probability, Tensor losses);
+
+// grad_logits, in the dtype of logits, from the gradients of gate? [T, K], losses? [2] and probability? [E].
+void moe_route_backward(Tensor logits, bool sigmoid, bool normalize, float scale, Tensor expert, Tensor offset,
+                        Tensor grad_gate, Tensor grad_losses, Tensor grad_probability, Tensor grad_logits);
+
+// The plan of experts chosen elsewhere: expert [T, K] int64 or int32 in [0, experts] (checked on a CPU; on a GPU what is
+// outside counts as nobody's).
+void moe_route_plan(Tensor expert, int64_t experts, Tensor workspace, Tensor offset, Tensor order, Tensor place);
+
+// Workspace of both, on so many threads.
+int64_t moe_route_bytes(Tensor expert, int64_t experts, int64_t threads);
+
+// ---- moe_dispatch: tokens in grouped order -------------------------------------------------------------------------------
+
+// out [R, H] = x [T, H] or [T, K, H]: out[r] is the row of token order[r] / K, or of slot order[r]; 0 from offset[E] on.
+void moe_dispatch(Tensor x, Tensor offset, Tensor order, Tensor out);
+
+// grad_x [T, H] or [T, K, H] from grad_out [R, H], whose rows from offset[E] on are not read.
+void moe_dispatch_backward(Tensor grad_out, Tensor place, Tensor grad_x);
+
+// ---- moe_combine: back to tokens -----------------------------------------------------------------------------------------
+
+// out [T, H] = Σ_k gate[t, k]·y[place[t, k]], summed in float32 in the order of k and rounded once; or out [T, K, H], its
+// terms. y [R, H]; gate? [T, K] float32 (absent: 1); a place of -1 counts 0.
+void moe_combine(Tensor y, Tensor place, Tensor gate, Tensor out);
+
+// grad_y? [R, H] (rows from offset[E] on become 0) and grad_gate? [T, K] float32 from grad_out in the shape of out.
+void moe_combine_backward(Tensor grad_out, Tensor y, Tensor place, Tensor offset, Tensor order, Tensor gate,
+                          Tensor grad_y, Tensor grad_gate);
+
+// ---- grouped_gemm: a matrix for each expert ------------------------------------------------------------------------------
+// Rows r of a plan's grouped order; sums in float32. weight [E, N, K] has stride 1 along K, or along N (a transposed view),
+// and experts and rows may be apart. x may lie in grouped order, or with order [R] int32 anywhere: row r is then
+// x[order[r] / top_k]. x, weight, bias and outputs share a float dtype. Rows from offset[E] on become 0.
+// activation: 0 none, 1 swiglu, 2 geglu, 3 geglu with tanh, 4 reglu: act(first half of the columns) · second half.
+// workspace: uint8, as many bytes as grouped_gemm_bytes says.
+
+// out [R, N] = x · W_eᵀ + bias? [E, N]; with an activation out [R, N / 2], and pre? [R, N] gets what goes into it.
+void grouped_gemm(Tensor x, Tensor order, int64_t top_k, Tensor weight, Tensor offset, Tensor bias, int64_t activation,
+                  Tensor workspace, Tensor pre, Tensor out);
+
+// The backward through a second product and the activation before it: with d = grad · W_eᵀ [R, I] (pass the second
+// product's weight transposed) and a = activation(pre), grad_pre [R, 2I] = gate·d·da/dpre, activated? [R, I] = gate·a and
+// grad_gate? [number of slots] float32 = Σ_i d·a, in the order of slots; gate? [slots] float32 is, too. grad as x above;
+// order? is needed with gate. Slots that nobody has get grad_gate 0.
+void grouped_gemm_activation_backward(Tensor grad, Tensor order, int64_t top_k, Tensor weight, Tensor offset,
+                                      Tensor pre, int64_t activation, Tensor gate, Tensor workspace, Tensor grad_pre,
+                                      Tensor activated, Tensor grad_gate);
+
+// grad_weight [E, N, K] = Σ over an expert's rows of grad [.., N] ⊗ x [.., K], and grad_bias? [E, N] = Σ grad, each
+// gathered by its own order?; 0 for experts without rows.
+void grouped_gemm_weight_gradient(Tensor grad, Tensor grad_order, int64_t grad_top_k, Tensor x, Tensor order,
+                                  int64_t top_k, Tensor offset, Tensor workspace, Tensor grad_weight, Tensor grad_bias);
+
+// Elementwise, without a product: out? [R, I] = activation(pre [R, 2I]) and grad_pre? from grad_out? [R, I].
+void grouped_gemm_activate(Tensor pre, int64_t activation, Tensor grad_out, Tensor out, Tensor grad_pre);
+
+// Workspace of the first three for R rows, on so many threads.
+int64_t grouped_gemm_bytes(Tensor weight, int64_t rows, int64_t threads);
+
 }  // namespace fastpost

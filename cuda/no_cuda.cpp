@@ -56,4 +56,30 @@ void int4_gemm(Tensor, Tensor, Tensor, Tensor, Tensor, int64_t, Tensor, Tensor) 
 void int4_gemm_backward(Tensor, Tensor, Tensor, Tensor, Tensor, int64_t, Tensor) { no_cuda("int4_gemm"); }
 void int4_gemm_dequantize(Tensor, Tensor, Tensor, Tensor, int64_t, Tensor) { no_cuda("int4_gemm"); }
 
+int64_t moe_route_bytes(Tensor, int64_t) { no_cuda("moe_route"); }
+int64_t grouped_gemm_bytes(Tensor, int64_t) { no_cuda("grouped_gemm"); }
+void moe_route(Tensor, int64_t, bool, bool, float, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+               Tensor) {
+  no_cuda("moe_route");
+}
+void moe_route_backward(Tensor, bool, bool, float, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor) {
+  no_cuda("moe_route");
+}
+void moe_route_plan(Tensor, int64_t, Tensor, Tensor, Tensor, Tensor) { no_cuda("moe_route"); }
+void moe_dispatch(Tensor, Tensor, Tensor, Tensor) { no_cuda("moe_dispatch"); }
+void moe_dispatch_backward(Tensor, Tensor, Tensor) { no_cuda("moe_dispatch"); }
+void moe_combine(Tensor, Tensor, Tensor, Tensor) { no_cuda("moe_combine"); }
+void moe_combine_backward(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor) { no_cuda("moe_combine"); }
+void grouped_gemm(Tensor, Tensor, int64_t, Tensor, Tensor, Tensor, int64_t, Tensor, Tensor, Tensor) {
+  no_cuda("grouped_gemm");
+}
+void grouped_gemm_activation_backward(Tensor, Tensor, int64_t, Tensor, Tensor, Tensor, int64_t, Tensor, Tensor, Tensor,
+                                      Tensor, Tensor) {
+  no_cuda("grouped_gemm");
+}
+void grouped_gemm_weight_gradient(Tensor, Tensor, int64_t, Tensor, Tensor, int64_t, Tensor, Tensor, Tensor, Tensor) {
+  no_cuda("grouped_gemm");
+}
+void grouped_gemm_activate(Tensor, int64_t, Tensor, Tensor, Tensor) { no_cuda("grouped_gemm"); }
+
 }  // namespace fastpost::cuda

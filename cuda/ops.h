@@ -59,4 +59,28 @@ void int4_gemm_backward(Tensor grad, Tensor codes, Tensor scales, Tensor zeros, 
                         Tensor grad_x);
 void int4_gemm_dequantize(Tensor codes, Tensor scales, Tensor zeros, Tensor table, int64_t group_size, Tensor out);
 
+// Values of expert, offset, order and place are not read back either; kernels keep them within bounds.
+int64_t moe_route_bytes(Tensor expert, int64_t experts);
+void moe_route(Tensor logits, int64_t top_k, bool sigmoid, bool normalize, float scale, Tensor correction,
+               Tensor workspace, Tensor expert, Tensor gate, Tensor offset, Tensor order, Tensor place,
+               Tensor probability, Tensor losses);
+void moe_route_backward(Tensor logits, bool sigmoid, bool normalize, float scale, Tensor expert, Tensor offset,
+                        Tensor grad_gate, Tensor grad_losses, Tensor grad_probability, Tensor grad_logits);
+void moe_route_plan(Tensor expert, int64_t experts, Tensor workspace, Tensor offset, Tensor order, Tensor place);
+void moe_dispatch(Tensor x, Tensor offset, Tensor order, Tensor out);
+void moe_dispatch_backward(Tensor grad_out, Tensor place, Tensor grad_x);
+void moe_combine(Tensor y, Tensor place, Tensor gate, Tensor out);
+void moe_combine_backward(Tensor grad_out, Tensor y, Tensor place, Tensor offset, Tensor order, Tensor gate,
+                          Tensor grad_y, Tensor grad_gate);
+
+int64_t grouped_gemm_bytes(Tensor weight, int64_t rows);
+void grouped_gemm(Tensor x, Tensor order, int64_t top_k, Tensor weight, Tensor offset, Tensor bias, int64_t activation,
+                  Tensor workspace, Tensor pre, Tensor out);
+void grouped_gemm_activation_backward(Tensor grad, Tensor order, int64_t top_k, Tensor weight, Tensor offset,
+                                      Tensor pre, int64_t activation, Tensor gate, Tensor workspace, Tensor grad_pre,
+                                      Tensor activated, Tensor grad_gate);
+void grouped_gemm_weight_gradient(Tensor grad, Tensor grad_order, int64_t grad_top_k, Tensor x, Tensor order,
+                                  int64_t top_k, Tensor offset, Tensor workspace, Tensor grad_weight, Tensor grad_bias);
+void grouped_gemm_activate(Tensor pre, int64_t activation, Tensor grad_out, Tensor out, Tensor grad_pre);
+
 }  // namespace fastpost::cuda

@@ -75,4 +75,17 @@ NB_MODULE(_core, m) {
   def_op(m, "int4_gemm_dequantize", &fastpost::int4_gemm_dequantize);
   m.def("int4_gemm_fits", &fastpost::int4_gemm_fits, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
   m.def("int4_gemm_bytes", &fastpost::int4_gemm_bytes);
+  def_op(m, "moe_route", &fastpost::moe_route);
+  def_op(m, "moe_route_backward", &fastpost::moe_route_backward);
+  def_op(m, "moe_route_plan", &fastpost::moe_route_plan);
+  def_op(m, "moe_dispatch", &fastpost::moe_dispatch);
+  def_op(m, "moe_dispatch_backward", &fastpost::moe_dispatch_backward);
+  def_op(m, "moe_combine", &fastpost::moe_combine);
+  def_op(m, "moe_combine_backward", &fastpost::moe_combine_backward);
+  def_op(m, "grouped_gemm", &fastpost::grouped_gemm);
+  def_op(m, "grouped_gemm_activation_backward", &fastpost::grouped_gemm_activation_backward);
+  def_op(m, "grouped_gemm_weight_gradient", &fastpost::grouped_gemm_weight_gradient);
+  def_op(m, "grouped_gemm_activate", &fastpost::grouped_gemm_activate);
+  m.def("moe_route_bytes", &fastpost::moe_route_bytes);
+  m.def("grouped_gemm_bytes", &fastpost::grouped_gemm_bytes);
 }

@@ -21,6 +21,11 @@ _HOME = {  # public name -> module that defines it
     "int4_gemm": "fastpost.ops.int4_gemm",
     "int4_quantize": "fastpost.int4",
     "Int4Weight": "fastpost.int4",
+    "moe_route": "fastpost.ops.moe_route",
+    "moe_plan": "fastpost.ops.moe_route",
+    "moe_dispatch": "fastpost.ops.moe_dispatch",
+    "moe_combine": "fastpost.ops.moe_combine",
+    "grouped_gemm": "fastpost.ops.grouped_gemm",
 }
 _MODULES = ("nn", "objectives", "parallel", "reference")
 

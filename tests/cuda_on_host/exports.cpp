@@ -79,6 +79,17 @@ const Export exports[] = {
     {"policy_loss_backward", address<cuda::policy_loss_backward>},
     {"int4_gemm", address<cuda::int4_gemm>},
     {"int4_gemm_dequantize", address<cuda::int4_gemm_dequantize>},
+    {"moe_route", address<cuda::moe_route>},
+    {"moe_route_backward", address<cuda::moe_route_backward>},
+    {"moe_route_plan", address<cuda::moe_route_plan>},
+    {"moe_dispatch", address<cuda::moe_dispatch>},
+    {"moe_dispatch_backward", address<cuda::moe_dispatch_backward>},
+    {"moe_combine", address<cuda::moe_combine>},
+    {"moe_combine_backward", address<cuda::moe_combine_backward>},
+    {"grouped_gemm", address<cuda::grouped_gemm>},
+    {"grouped_gemm_activation_backward", address<cuda::grouped_gemm_activation_backward>},
+    {"grouped_gemm_weight_gradient", address<cuda::grouped_gemm_weight_gradient>},
+    {"grouped_gemm_activate", address<cuda::grouped_gemm_activate>},
 };
 
 }  // namespace
