@@ -1,0 +1,312 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "ops/grouped_gemm_simd.h"
+
+#include "core/simd_words.h"
+
+namespace fastpost::FP_ISA {
+namespace {
+
+constexpr int kWidth = F32::width;
+#if defined(__AVX512F__)
+constexpr int kLanes = 64;  // of a panel, as in linear_logprob_fused_simd.cpp
+#else
+constexpr int kLanes = 16;
+#endif
+#if defined(__AVX512BF16__)
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
+
+template <class F>
+void visit_words(DType dtype, bool pairs, F&& f) {
+  if (pairs && kPairs) {
+    f.template operator()<bfloat16, kPairs>();
+  } else {
+    visit_float(dtype, [&]<class T>(T) { f.template operator()<T, false>(); });
+  }
+}
+
+template <class T>
+const T* at(const GroupedRows& x, int64_t row, int64_t column) {
+  return reinterpret_cast<const T*>(x.row(row)) + column;
+}
+
+// ---- packing ---------------------------------------------------------------------------------------------------------
+
+// n elements as words; a pair that lacks its second half has zero there.
+template <class T, bool Pairs>
+inline void words_of(const T* from, int64_t n, uint32_t* out) {
+  if constexpr (Pairs) {
+    if (n % 2) out[n / 2] = 0;
+    __builtin_memcpy(out, from, 2 * n);
+  } else {
+    float* to = reinterpret_cast<float*>(out);
+    int64_t c = 0;
+    for (; c + kWidth <= n; c += kWidth) store(to + c, load(from + c));
+    for (; c < n; ++c) to[c] = to_float(from[c]);
+  }
+}
+
+void pack_rows(bool pairs, const GroupedRows& x, int64_t first, int64_t count, int64_t begin, int64_t end,
+               int64_t row_words, uint32_t* out) {
+  visit_words(x.dtype, pairs, [&]<class T, bool Pairs>() {
+    for (int64_t i = 0; i < count; ++i) {
+      words_of<T, Pairs>(at<T>(x, first + i, begin), end - begin, out + i * row_words);
+    }
+  });
+}
+
+void pack_across(bool pairs, const GroupedRows& x, int64_t first, int64_t count, int64_t begin, int64_t end,
+                 uint32_t* out) {
+  visit_words(x.dtype, pairs, [&]<class T, bool Pairs>() {
+    constexpr int64_t columns = Pairs ? 32 : 16;  // 16 words
+    for (int64_t c = begin; c < end; c += columns, out += 16 * kLanes) {
+      const int64_t n = end - c < columns ? end - c : columns, steps = Pairs ? (n + 1) / 2 : n;
+      for (int64_t lane = 0; lane < count; lane += 16) {
+        alignas(64) uint32_t words[16][16];
+        for (int64_t i = 0; i < 16; ++i) {
+          if (n < columns || lane + i >= count) __builtin_memset(words[i], 0, sizeof words[i]);
+          if (lane + i < count) words_of<T, Pairs>(at<T>(x, first + lane + i, c), n, words[i]);
+        }
+        transpose([&](int i) { return words[i]; },
+                  [&](int step, const auto& across) {
+                    if (step < steps) put_words(out + step * kLanes + lane, across);
+                  });
+      }
+    }
+  });
+}
+
+// 16 words of two neighbouring rows, column by column.
+#if defined(__AVX512BF16__)
+inline void interleave(const bfloat16* first, const bfloat16* second, int64_t n, uint32_t* to) {
+  const __mmask16 some = first_of(n);
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, first));
+  const __m512i high = second ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, second)) : _mm512_setzero_si512();
+  _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+#endif
+
+void pack_along(bool pairs, const GroupedRows& x, int64_t first, int64_t count, int64_t begin, int64_t end,
+                int64_t lanes, int64_t panel_words, uint32_t* out) {
+  visit_words(x.dtype, pairs, [&]<class T, bool Pairs>() {
+    constexpr int64_t rows = Pairs ? 2 : 1;
+    for (int64_t r = 0, step = 0; r < count; r += rows, ++step) {
+      const T* one = at<T>(x, first + r, 0);
+      [[maybe_unused]] const T* two = Pairs && r + 1 < count ? at<T>(x, first + r + 1, 0) : nullptr;
+      for (int64_t c = begin, panel = 0; c < end; c += lanes, ++panel) {
+        uint32_t* to = out + panel * panel_words + step * lanes;
+        for (int64_t l = 0; l < lanes; l += 16) {
+          const int64_t n = end - c - l;
+          if (n <= 0) {
+            __builtin_memset(to + l, 0, 64);
+            continue;
+          }
+          if constexpr (Pairs) {
+#if defined(__AVX512BF16__)
+            interleave(one + c + l, two ? two + c + l : nullptr, n, to + l);
+#endif
+          } else {
+            for (int64_t i = 0; i < 16; i += kWidth) {
+              const F32 v = i < n ? load_part(one + c + l + i, n - i) : broadcast(0.0f);
+              store(reinterpret_cast<float*>(to) + l + i, v);
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+// ---- few rows --------------------------------------------------------------------------------------------------------
+
+// So many rows of W at once that their sums fit the registers and each word of x is of use to several.
+template <int M>
+constexpr int kFewW = M <= 5 ? 4 : 3;
+
+template <bool Pairs, int M, class T>
+void few_of(const char* w, int64_t w_row_bytes, int64_t count, int64_t k, const uint32_t* x, int64_t x_row, float* y,
+            int64_t y_row) {
+  constexpr int R = kFewW<M>;
+  constexpr int64_t columns = Pairs ? 2 * kWidth : kWidth;
+  for (int64_t r0 = 0; r0 < count; r0 += R) {
+    const T* row[R];
+    for (int r = 0; r < R; ++r) {
+      row[r] = reinterpret_cast<const T*>(w + (r0 + r < count ? r0 + r : count - 1) * w_row_bytes);
+    }
+    F32 sums[R * M];
+#pragma GCC unroll 24
+    for (F32& s : sums) s = broadcast(0.0f);
+    for (int64_t c = 0; c < k; c += columns) {
+      const uint32_t* words = x + (Pairs ? c / 2 : c);
+      if constexpr (Pairs) {
+#if defined(__AVX512BF16__)
+        const int64_t left = k - c;
+        const __mmask32 some = left >= 32 ? 0xffffffffu : (1u << left) - 1;
+        __m512bh part[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) part[r] = (__m512bh)_mm512_maskz_loadu_epi16(some, row[r] + c);
+#pragma GCC unroll 8
+        for (int i = 0; i < M; ++i) {
+          const __m512bh word = (__m512bh)_mm512_loadu_si512(words + i * x_row);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) sums[r * M + i].v = _mm512_dpbf16_ps(sums[r * M + i].v, part[r], word);
+        }
+#endif
+      } else {
+        F32 part[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) part[r] = load_part(row[r] + c, k - c);
+#pragma GCC unroll 8
+        for (int i = 0; i < M; ++i) {
+          const F32 word = load(reinterpret_cast<const float*>(words) + i * x_row);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) sums[r * M + i] = fma(part[r], word, sums[r * M + i]);
+        }
+      }
+    }
+    float results[R * M];
+    sums_of(sums, results);
+    for (int i = 0; i < M; ++i) {
+      for (int r = 0; r < R && r0 + r < count; ++r) y[i * y_row + r0 + r] = results[r * M + i];
+    }
+  }
+}
+
+void few(bool pairs, DType dtype, const char* w, int64_t w_row_bytes, int64_t count, int64_t k, const uint32_t* x,
+         int64_t x_row, int64_t m, float* y, int64_t y_row) {
+  visit_words(dtype, pairs, [&]<class T, bool Pairs>() {
+    const auto with = [&]<int M>() { few_of<Pairs, M, T>(w, w_row_bytes, count, k, x, x_row, y, y_row); };
+    switch (m) {
+      case 1: return with.template operator()<1>();
+      case 2: return with.template operator()<2>();
+      case 3: return with.template operator()<3>();
+      case 4: return with.template operator()<4>();
+      case 5: return with.template operator()<5>();
+      case 6: return with.template operator()<6>();
+      case 7: return with.template operator()<7>();
+      default: return with.template operator()<8>();
+    }
+  });
+}
+
+// ---- activations -----------------------------------------------------------------------------------------------------
+
+inline F32 negative(F32 x) { return broadcast(0.0f) - x; }
+inline F32 one_where_positive(F32 x) { return broadcast(1.0f) - one_where_zero(max(broadcast(0.0f), x)); }
+
+struct Value {
+  F32 value, slope;
+};
+
+template <Activation A>
+inline Value act(F32 x) {
+  const F32 one = broadcast(1.0f), half = broadcast(0.5f);
+  if constexpr (A == Activation::SwiGlu) {
+    const F32 s = one / (one + exp(negative(x)));
+    return {x * s, s * fma(x, one - s, one)};
+  } else if constexpr (A == Activation::GeGlu) {
+    // x·Φ(x), Φ through erfc by Chebyshev's approximation of Numerical Recipes, §6.2: relative error below 1.2e-7.
+    const F32 z = max(x, negative(x)) * broadcast(0.70710678f), t = one / fma(half, z, one);
+    F32 p = broadcast(0.17087277f);
+    constexpr float kSeries[] = {-0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f, -0.18628806f,
+                                 0.09678418f,  0.37409196f, 1.00002368f,  -1.26551223f};
+    for (const float c : kSeries) {
+      p = fma(p, t, broadcast(c));
+    }
+    const F32 tail = half * t * exp(fma(negative(z), z, p)), positive = one_where_positive(x);
+    const F32 phi = fma(positive, one - tail - tail, tail);
+    return {x * phi, fma(x * broadcast(0.39894228f), exp(negative(z) * z), phi)};
+  } else if constexpr (A == Activation::GeGluTanh) {
+    const F32 c = broadcast(0.79788456f), cubic = broadcast(0.044715f), x2 = x * x;
+    const F32 t = tanh(c * x * fma(cubic, x2, one)), slope = c * fma(broadcast(3.0f) * cubic, x2, one);
+    return {half * x * (one + t), half * fma(x * slope, fma(negative(t), t, one), one + t)};
+  } else {
+    return {max(broadcast(0.0f), x), one_where_positive(x)};
+  }
+}
+
+template <class F>
+void with_activation(Activation a, F&& f) {
+  switch (a) {
+    case Activation::SwiGlu: return f.template operator()<Activation::SwiGlu>();
+    case Activation::GeGlu: return f.template operator()<Activation::GeGlu>();
+    case Activation::GeGluTanh: return f.template operator()<Activation::GeGluTanh>();
+    default: return f.template operator()<Activation::ReGlu>();
+  }
+}
+
+void add_bias(float* z, int64_t z_row, int64_t rows, int64_t used, const char* bias, DType dtype, bool by_row) {
+  visit_float(dtype, [&]<class T>(T) {
+    const T* b = reinterpret_cast<const T*>(bias);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < used; ++j) z[i * z_row + j] += to_float(b[by_row ? i : j]);
+    }
+  });
+}
+
+void activate(Activation activation, float* first, const float* second, int64_t z_row, int64_t rows, int64_t used) {
+  with_activation(activation, [&]<Activation A>() {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < used; j += kWidth) {
+        float* to = first + i * z_row + j;
+        store(to, act<A>(load(to)).value * load(second + i * z_row + j));
+      }
+    }
+  });
+}
+
+template <Activation A, class T>
+float backward_of(const T* first, const T* second, const float* grad, float gate, int64_t n, T* out, T* grad_first,
+                  T* grad_second) {
+  const F32 scale = broadcast(gate);
+  F32 dot = broadcast(0.0f);
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const int64_t left = n - i;
+    const bool whole = left >= kWidth;
+    const auto get = [&](const auto* p) { return whole ? load(p + i) : load_tail(p + i, left, 0.0f); };
+    const auto put = [&](T* p, F32 x) { p == nullptr ? void() : whole ? store(p + i, x) : store_tail(p + i, x, left); };
+    const F32 u = get(second);
+    const Value v = act<A>(get(first));
+    put(out, scale * v.value * u);
+    if (!grad) continue;
+    const F32 d = get(grad);
+    dot = fma(d, v.value * u, dot);
+    put(grad_first, scale * d * v.slope * u);
+    put(grad_second, scale * d * v.value);
+  }
+  return sum(dot);
+}
+
+float activation_backward(Activation activation, DType dtype, const void* first, const void* second, const float* grad,
+                          float gate, int64_t n, void* out, void* grad_first, void* grad_second) {
+  float dot = 0.0f;
+  with_activation(activation, [&]<Activation A>() {
+    visit_float(dtype, [&]<class T>(T) {
+      dot = backward_of<A>(static_cast<const T*>(first), static_cast<const T*>(second), grad, gate, n,
+                           static_cast<T*>(out), static_cast<T*>(grad_first), static_cast<T*>(grad_second));
+    });
+  });
+  return dot;
+}
+
+void add_rows(const GroupedRows& x, int64_t first, int64_t count, int64_t begin, int64_t n, float* sums) {
+  visit_float(x.dtype, [&]<class T>(T) {
+    for (int64_t r = 0; r < count; ++r) {
+      const T* from = at<T>(x, first + r, begin);
+      int64_t i = 0;
+      for (; i + kWidth <= n; i += kWidth) store(sums + i, load(sums + i) + load(from + i));
+      for (; i < n; ++i) sums[i] += to_float(from[i]);
+    }
+  });
+}
+
+constexpr GroupedKernels kKernels = {pack_across, pack_along, pack_rows,           few,
+                                     add_bias,    activate,   activation_backward, add_rows};
+
+}  // namespace
+
+const GroupedKernels* grouped_kernels() { return &kKernels; }
+
+}  // namespace fastpost::FP_ISA
