@@ -88,33 +88,55 @@ inline void interleave(const bfloat16* first, const bfloat16* second, int64_t n,
 }
 #endif
 
+template <class T, bool Pairs>
+inline void along(const T* one, [[maybe_unused]] const T* two, int64_t n, uint32_t* to) {
+  if constexpr (Pairs) {
+#if defined(__AVX512BF16__)
+    interleave(one, two, n, to);
+#endif
+  } else {
+    for (int64_t i = 0; i < 16; i += kWidth) {
+      store(reinterpret_cast<float*>(to) + i, i < n ? load_part(one + i, n - i) : broadcast(0.0f));
+    }
+  }
+}
+
 void pack_along(bool pairs, const GroupedRows& x, int64_t first, int64_t count, int64_t begin, int64_t end,
                 int64_t lanes, int64_t panel_words, uint32_t* out) {
   visit_words(x.dtype, pairs, [&]<class T, bool Pairs>() {
     constexpr int64_t rows = Pairs ? 2 : 1;
     for (int64_t r = 0, step = 0; r < count; r += rows, ++step) {
-      const T* one = at<T>(x, first + r, 0);
-      [[maybe_unused]] const T* two = Pairs && r + 1 < count ? at<T>(x, first + r + 1, 0) : nullptr;
-      for (int64_t c = begin, panel = 0; c < end; c += lanes, ++panel) {
+      const T* one = at<T>(x, first + r, begin);
+      const T* two = Pairs && r + 1 < count ? at<T>(x, first + r + 1, begin) : nullptr;
+      for (int64_t c = 0, panel = 0; c < end - begin; c += lanes, ++panel) {
         uint32_t* to = out + panel * panel_words + step * lanes;
         for (int64_t l = 0; l < lanes; l += 16) {
-          const int64_t n = end - c - l;
+          const int64_t n = end - begin - c - l;
           if (n <= 0) {
             __builtin_memset(to + l, 0, 64);
-            continue;
-          }
-          if constexpr (Pairs) {
-#if defined(__AVX512BF16__)
-            interleave(one + c + l, two ? two + c + l : nullptr, n, to + l);
-#endif
           } else {
-            for (int64_t i = 0; i < 16; i += kWidth) {
-              const F32 v = i < n ? load_part(one + c + l + i, n - i) : broadcast(0.0f);
-              store(reinterpret_cast<float*>(to) + l + i, v);
-            }
+            along<T, Pairs>(one + c + l, two ? two + c + l : nullptr, n, to + l);
           }
         }
       }
+    }
+  });
+}
+
+void pack_narrow(bool pairs, const GroupedRows& x, int64_t first, int64_t count, int64_t begin, int64_t end,
+                 int64_t panel_words, uint32_t* out) {
+  visit_words(x.dtype, pairs, [&]<class T, bool Pairs>() {
+    constexpr int64_t rows = Pairs ? 2 : 1;
+    const int64_t columns = end - begin;
+    for (int64_t r = 0, step = 0; r < count; r += rows, ++step) {
+      const T* one = at<T>(x, first + r, begin);
+      const T* two = Pairs && r + 1 < count ? at<T>(x, first + r + 1, begin) : nullptr;
+      alignas(64) uint32_t words[kMostNarrow + 16];
+      for (int64_t c = 0; c < columns; c += 16) {
+        along<T, Pairs>(one + c, two ? two + c : nullptr, columns - c, words + c);
+      }
+      uint32_t* to = out + step * kNarrow;
+      for (int64_t c = 0; c < columns; c += kNarrow, to += panel_words) __builtin_memcpy(to, words + c, 4 * kNarrow);
     }
   });
 }
@@ -302,7 +324,7 @@ void add_rows(const GroupedRows& x, int64_t first, int64_t count, int64_t begin,
   });
 }
 
-constexpr GroupedKernels kKernels = {pack_across, pack_along, pack_rows,           few,
+constexpr GroupedKernels kKernels = {pack_across, pack_along, pack_narrow,         pack_rows, few,
                                      add_bias,    activate,   activation_backward, add_rows};
 
 }  // namespace

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import torch
 
+from fastpost import _core
+from fastpost.ops._register import USE_REFERENCE, expect_plain, may_skip_dispatcher, register
 from fastpost.reference import grouped_gemm as reference
 
 
@@ -37,4 +39,129 @@ def grouped_gemm(
     Raises:
         ValueError: shapes that do not fit, dtypes that differ, a weight with neither layout, an unknown activation.
     """
-    return reference.grouped_gemm(x, weight, offset, order=order, top_k=top_k, bias=bias, activation=activation)
+    if USE_REFERENCE or x.dtype == torch.float64:
+        return reference.grouped_gemm(x, weight, offset, order=order, top_k=top_k, bias=bias, activation=activation)
+    expect_plain("grouped_gemm", x=x, weight=weight, offset=offset, order=order, bias=bias)
+    code, quiet = activation_code(activation), may_skip_dispatcher(x, weight, bias)
+    keep = not quiet and code > 0 and torch.is_grad_enabled()
+    return (_forward if quiet else _forward_op)(x, weight, offset, order, top_k, bias, code, keep)[0]
+
+
+def activation_code(activation: str | None) -> int:
+    """The number that the core knows an activation by."""
+    if activation not in reference.ACTIVATIONS:
+        known = ", ".join(repr(a) for a in reference.ACTIVATIONS)
+        raise ValueError(f"[grouped_gemm] activation: expected one of {known}, got {activation!r}.")
+    return reference.ACTIVATIONS.index(activation)
+
+
+def workspace(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    """What the products of `rows` grouped rows with this weight [E, N, K] need, in either direction."""
+    bytes = _core.grouped_gemm_bytes(weight, rows, torch.get_num_threads())
+    return torch.empty(bytes, dtype=torch.uint8, device=weight.device)
+
+
+def product(x, weight, offset, order=None, top_k=1, bias=None, code=0, pre=None, space=None):
+    """[R, N] or, with an activation, [R, N / 2]. pre: [R, N] to fill, if it is to be kept."""
+    rows, n = (x if order is None else order).shape[0], weight.shape[1]
+    if code and pre is None and weight.stride(2) != 1:
+        pre = x.new_empty(rows, n)  # the activation follows the product
+    out = x.new_empty(rows, n // 2 if code else n)
+    space = workspace(weight, rows) if space is None else space
+    _core.grouped_gemm(x, order, top_k, weight, offset, bias, code, space, pre, out)
+    return out
+
+
+def weight_gradient(grad, x, offset, like, *, grad_order=None, grad_top_k=1, order=None, top_k=1, grad_bias=None):
+    """[E, N, K] in the layout of `like`, the weight."""
+    (e, n, k), rows = like.shape, (x if order is None else order).shape[0]
+    if like.stride(2) != 1:  # a transposed view: the gradient of what lies in memory is the other outer product
+        out = grad.new_empty(e, k, n)
+        _core.grouped_gemm_weight_gradient(x, order, top_k, grad, grad_order, grad_top_k, offset, workspace(out, rows),
+                                           out, None)  # fmt: skip
+        if grad_bias is not None:
+            _core.grouped_gemm_weight_gradient(grad, grad_order, grad_top_k, x[:, :0], order, top_k, offset,
+                                               workspace(out, rows), grad.new_empty(e, n, 0), grad_bias)  # fmt: skip
+        return out.mT
+    out = grad.new_empty(e, n, k)
+    _core.grouped_gemm_weight_gradient(grad, grad_order, grad_top_k, x, order, top_k, offset, workspace(out, rows), out,
+                                       grad_bias)  # fmt: skip
+    return out
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """Gradients arrive expanded from sums; kernels want rows in memory."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+# ---- as an op of torch -----------------------------------------------------------------------------------------------
+
+
+def _forward(x, weight, offset, order, top_k, bias, code, keep):
+    x = rows_of(x)
+    pre = x.new_empty((x if order is None else order).shape[0], weight.shape[1]) if keep else None
+    out = product(x, weight, offset, order, top_k, bias, code, pre)
+    return out, out.new_empty(0) if pre is None else pre
+
+
+def _forward_fake(x, weight, offset, order, top_k, bias, code, keep):
+    rows, n = (x if order is None else order).shape[0], weight.shape[1]
+    return x.new_empty(rows, n // 2 if code else n), x.new_empty((rows, n) if keep else 0)
+
+
+def _backward(grad, x, weight, offset, order, top_k, pre, code, bias, wanted):
+    grad = rows_of(grad)
+    if code:
+        grad_pre = torch.empty_like(pre)
+        _core.grouped_gemm_activate(pre, code, grad, None, grad_pre)
+        grad = grad_pre
+    x, none = rows_of(x), grad.new_empty(0)
+    grad_bias = grad.new_empty(weight.shape[:2]) if bias else None
+    grad_x = product(grad, weight.mT, offset) if wanted[0] else none
+    if wanted[0] and order is not None:
+        place = torch.empty_like(order)
+        place[order.long()] = torch.arange(len(order), dtype=torch.int32, device=order.device)
+        rows, grad_x = grad_x, torch.empty_like(x)
+        _core.moe_combine(rows, place.view(-1, top_k), None, grad_x)
+    grad_weight = none
+    if wanted[1] or bias:
+        grad_weight = weight_gradient(grad, x, offset, weight, order=order, top_k=top_k, grad_bias=grad_bias)
+    return grad_x, grad_weight, none if grad_bias is None else grad_bias
+
+
+def _backward_fake(grad, x, weight, offset, order, top_k, pre, code, bias, wanted):
+    none = grad.new_empty(0)
+    grad_weight = weight.mT.new_empty(weight.mT.shape).mT if weight.stride(2) != 1 else weight.new_empty(weight.shape)
+    return (x.new_empty(x.shape) if wanted[0] else none, grad_weight if wanted[1] or bias else none,
+            weight.new_empty(weight.shape[:2]) if bias else none)  # fmt: skip
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, offset, order, ctx.top_k, ctx.bias, ctx.code, _ = inputs
+    ctx.bias = ctx.bias is not None
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, offset, order, output[1])
+
+
+def _autograd(ctx, grad, _):
+    if grad is None:
+        return (None,) * 8
+    x, weight, offset, order, pre = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    grad_x, grad_weight, grad_bias = _backward_op(grad, x, weight, offset, order, ctx.top_k, pre, ctx.code,
+                                                  ctx.bias and need[5], [need[0], need[1]])  # fmt: skip
+    return (grad_x if need[0] else None, grad_weight if need[1] else None, None, None, None,
+            grad_bias if need[5] else None, None, None)  # fmt: skip
+
+
+_backward_op = register(
+    "grouped_gemm_backward(Tensor grad, Tensor x, Tensor weight, Tensor offset, Tensor? order, int top_k, Tensor pre, "
+    "int code, bool bias, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    _backward, _backward_fake,
+)  # fmt: skip
+_forward_op = register(
+    "grouped_gemm(Tensor x, Tensor weight, Tensor offset, Tensor? order, int top_k, Tensor? bias, int code, bool keep) "
+    "-> (Tensor, Tensor)",
+    _forward, _forward_fake, _autograd, _setup_context,
+)  # fmt: skip
