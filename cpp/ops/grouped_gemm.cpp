@@ -456,17 +456,14 @@ void weight_gradient(const GroupedRows& grad, const GroupedRows& x, const Groups
         const uint32_t* panels = space.x + steps_before(e) * s.panels * s.lanes;
         for (int64_t step = 0; step < all; step += kSumSteps) {
           const int64_t steps = std::min(kSumSteps, all - step), from = step * s.words.per_word;
-          grouped_kernels().pack_narrow(s.words.pairs, grad, first + from,
-                                        std::min(rows - from, steps * s.words.per_word), begin, begin + count,
-                                        steps * kNarrow, a);
+          grouped_kernels().pack_along(s.words.pairs, grad, first + from,
+                                       std::min(rows - from, steps * s.words.per_word), begin, begin + count, kMaxBlock,
+                                       0, a);
           for (int64_t p = 0; p < s.panels; ++p) {
             const int64_t column = p * s.lanes, used = std::min(s.lanes, s.k - column);
             float* c = sums + (chunked ? p * kMaxBlock * s.lanes : 0);
-            for (int64_t i = 0; i < count; i += kNarrow) {
-              fused_kernels().multiply(s.words.pairs, a + i * steps, 1, kNarrow, std::min<int64_t>(kNarrow, count - i),
-                                       panels + (p * all + step) * s.lanes, steps, used, c + i * s.lanes, s.lanes,
-                                       step > 0);
-            }
+            fused_kernels().multiply(s.words.pairs, a, 1, kMaxBlock, count, panels + (p * all + step) * s.lanes, steps,
+                                     used, c, s.lanes, step > 0);
             if (step + steps < all) continue;
             for (int64_t i = 0; i < count; ++i) {
               to[i] =

@@ -123,24 +123,6 @@ void pack_along(bool pairs, const GroupedRows& x, int64_t first, int64_t count, 
   });
 }
 
-void pack_narrow(bool pairs, const GroupedRows& x, int64_t first, int64_t count, int64_t begin, int64_t end,
-                 int64_t panel_words, uint32_t* out) {
-  visit_words(x.dtype, pairs, [&]<class T, bool Pairs>() {
-    constexpr int64_t rows = Pairs ? 2 : 1;
-    const int64_t columns = end - begin;
-    for (int64_t r = 0, step = 0; r < count; r += rows, ++step) {
-      const T* one = at<T>(x, first + r, begin);
-      const T* two = Pairs && r + 1 < count ? at<T>(x, first + r + 1, begin) : nullptr;
-      alignas(64) uint32_t words[kMostNarrow + 16];
-      for (int64_t c = 0; c < columns; c += 16) {
-        along<T, Pairs>(one + c, two ? two + c : nullptr, columns - c, words + c);
-      }
-      uint32_t* to = out + step * kNarrow;
-      for (int64_t c = 0; c < columns; c += kNarrow, to += panel_words) __builtin_memcpy(to, words + c, 4 * kNarrow);
-    }
-  });
-}
-
 // ---- few rows --------------------------------------------------------------------------------------------------------
 
 // So many rows of W at once that their sums fit the registers and each word of x is of use to several.
@@ -324,7 +306,7 @@ void add_rows(const GroupedRows& x, int64_t first, int64_t count, int64_t begin,
   });
 }
 
-constexpr GroupedKernels kKernels = {pack_across, pack_along, pack_narrow,         pack_rows, few,
+constexpr GroupedKernels kKernels = {pack_across, pack_along, pack_rows,           few,
                                      add_bias,    activate,   activation_backward, add_rows};
 
 }  // namespace

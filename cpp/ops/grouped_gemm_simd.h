@@ -5,7 +5,6 @@
 
 #include "core/dtype.h"
 #include "core/isa.h"
-#include "ops/linear_logprob_fused_simd.h"
 
 namespace fastpost {
 
@@ -21,19 +20,15 @@ struct GroupedRows {
   const char* row(int64_t i) const { return base + (order ? order[i] / top_k : i) * row_bytes; }
 };
 
-constexpr int kNarrow = kProductRows, kMostNarrow = 192;  // lanes of a narrow panel, columns that pack_narrow takes
-
 struct GroupedKernels {
   // Rows [first, first + count) and columns [begin, end) as words (linear_logprob_fused_simd.h), an even number of
   // columns for pairs except at the edge. `across`: lanes are rows, steps go along columns. `along`: lanes are columns,
-  // `lanes` of them a panel and panel_words apart, steps are rows or pairs of rows. `narrow`: the same with kNarrow lanes. `rows`: as they are, row_words apart.
+  // `lanes` of them a panel and panel_words apart, steps are rows or pairs of rows. `rows`: as they are, row_words apart.
   // What is missing in the lanes of a panel or in a pair is zero.
   void (*pack_across)(bool pairs, const GroupedRows& x, int64_t first, int64_t count, int64_t begin, int64_t end,
                       uint32_t* out);
   void (*pack_along)(bool pairs, const GroupedRows& x, int64_t first, int64_t count, int64_t begin, int64_t end,
                      int64_t lanes, int64_t panel_words, uint32_t* out);
-  void (*pack_narrow)(bool pairs, const GroupedRows& x, int64_t first, int64_t count, int64_t begin, int64_t end,
-                      int64_t panel_words, uint32_t* out);
   void (*pack_rows)(bool pairs, const GroupedRows& x, int64_t first, int64_t count, int64_t begin, int64_t end,
                     int64_t row_words, uint32_t* out);
 

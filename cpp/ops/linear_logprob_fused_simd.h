@@ -14,7 +14,6 @@
 namespace fastpost {
 
 constexpr int kMaxLanes = 64, kMaxBlock = 192;  // columns of a panel, rows of a block
-constexpr int kProductRows = 6;                 // that `multiply` takes at a time
 
 // Statistics and gradients of the rows of N that a panel holds, `lanes` floats each.
 struct PanelGradient {
