@@ -83,12 +83,13 @@ GroupedRows rows_of(const Tensor& x, const Tensor& order, int64_t top_k) {
 
 // ---- how the work is cut ---------------------------------------------------------------------------------------------
 
-constexpr int64_t kFew = 16;         // rows of an expert that read W faster than panels do
-constexpr int64_t kSumSteps = 512;   // of a product at a time: a panel of so many stays in the second-level cache
-constexpr int64_t kTile = 128;       // outputs of a transposed W at a time
-constexpr int64_t kTileRows = 512;   // rows of x, whose sums take as much cache again
-constexpr int64_t kTileSums = 1024;  // rows of W
-constexpr int64_t kPad = 16;         // words between rows, a cache line, so that they do not fight for the same places
+constexpr int64_t kFew = 16;           // rows of an expert that read W faster than panels do
+constexpr int64_t kSumSteps = 512;     // of a product at a time: a panel of so many stays in the second-level cache
+constexpr int64_t kTile = 128;         // outputs of a transposed W at a time
+constexpr int64_t kFewColumns = 1024;  // outputs, for few rows
+constexpr int64_t kTileRows = 512;     // rows of x, whose sums take as much cache again
+constexpr int64_t kTileSums = 1024;    // rows of W
+constexpr int64_t kPad = 16;  // words between rows, a cache line, so that they do not fight for the same places
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -339,21 +340,48 @@ struct Across {
         k(columns),
         row_words(words.steps(columns) + kPad),
         blocks(ceil_div(outputs, kTile)) {}
+  int64_t sums() const { return std::max(std::min(r, kTileRows) * kTile, 2 * std::min(r, kFew) * kFewColumns); }
 };
 
 struct AcrossSpace {
   uint32_t* x;      // [rows][row_words], unless its rows are words as they lie
   uint32_t* w;      // [slots][kTileSums][kTile]
-  float* sums;      // [slots][kTileRows][kTile]
+  float* sums;      // [slots][kTileRows][kTile], or [slots][2][kFew][kFewColumns]
   float* partials;  // [blocks][rows], of grad_gate
   AcrossSpace(Arena& a, const Across& s, int64_t slots)
       : x(a.take<uint32_t>(s.r * s.row_words)),
         w(a.take<uint32_t>(slots * kTileSums * kTile)),
-        sums(a.take<float>(slots * std::min(s.r, kTileRows) * kTile)),
+        sums(a.take<float>(slots * s.sums())),
         partials(a.take<float>(s.blocks * s.r)) {}
 };
 
-// f(sums of one row, grouped row, first output, outputs) for every row and block of kTile outputs.
+// The outputs from `begin` on of an expert with few rows, which begin at `words`: W is not packed.
+template <class F>
+void few_transposed(const uint32_t* words, int64_t x_row, const Tensor& weight, const Groups& groups, int64_t e,
+                    int64_t begin, const Across& s, float* sums, F&& f) {
+  constexpr int64_t kRows = 128;  // of W at a time, which stay in cache for the second half of the rows of x
+  const int64_t rows = groups.rows(e), columns = std::min(kFewColumns, s.n - begin), size = rows * kFewColumns;
+  const int64_t w_row = weight.stride(2) * itemsize(weight.dtype);
+  const char* w = weight.ptr<char>() + (e * weight.stride(0) + begin) * itemsize(weight.dtype);
+  float* part = sums + size;
+  std::memset(sums, 0, size * sizeof(float));
+  for (int64_t k = 0; k < s.k; k += kRows) {
+    std::memset(part, 0, size * sizeof(float));
+    for (int64_t i = 0; i < rows; i += 8) {
+      grouped_kernels().few_along(s.words.pairs, weight.dtype, w + k * w_row, w_row, std::min(kRows, s.k - k), columns,
+                                  words + i * x_row + k / s.words.per_word, x_row, std::min<int64_t>(8, rows - i),
+                                  part + i * kFewColumns, kFewColumns);
+    }
+    for (int64_t i = 0; i < size; ++i) sums[i] += part[i];
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t c = 0; c < columns; c += kTile) {
+      f(sums + i * kFewColumns + c, e, groups.first(e) + i, begin + c, std::min(kTile, columns - c));
+    }
+  }
+}
+
+// f(sums of one row, expert, grouped row, first output, outputs) for every row and block of kTile outputs.
 template <class F>
 void multiply_transposed(const GroupedRows& x, const Tensor& weight, const Groups& groups, const Across& s,
                          const AcrossSpace& space, int64_t slots, F&& f) {
@@ -368,15 +396,24 @@ void multiply_transposed(const GroupedRows& x, const Tensor& weight, const Group
     });
   }
   const int64_t lanes = fused_kernels().lanes, panel_words = kTileSums / s.words.per_word * lanes;
-  const auto blocks = [&](int64_t rows) { return ceil_div(rows, kTileRows) * s.blocks; };
+  const auto blocks = [&](int64_t rows) {
+    return rows == 0 ? 0 : rows <= kFew ? ceil_div(s.n, kFewColumns) : ceil_div(rows, kTileRows) * s.blocks;
+  };
   // Packing a tile of W costs about as much as 24 rows.
-  const auto cost = [](int64_t rows) { return std::min(rows, kTileRows) + 24; };
+  const auto cost = [](int64_t rows) {
+    return rows <= kFew ? kFewColumns / kTile * (16 + rows) : std::min(rows, kTileRows) + 24;
+  };
   for_units(groups, slots, blocks, cost, [&](int64_t slot, int64_t e, int64_t unit) {
     const int64_t top = unit / s.blocks * kTileRows, rows = std::min(kTileRows, groups.rows(e) - top);
     const int64_t begin = unit % s.blocks * kTile, columns = std::min(kTile, s.n - begin),
                   first = groups.first(e) + top;
+    if (groups.rows(e) <= kFew) {
+      few_transposed(words + groups.first(e) * x_row, x_row, weight, groups, e, unit * kFewColumns, s,
+                     space.sums + slot * s.sums(), f);
+      return;
+    }
     uint32_t* packed = space.w + slot * kTileSums * kTile;
-    float* sums = space.sums + slot * std::min(s.r, kTileRows) * kTile;
+    float* sums = space.sums + slot * s.sums();
     const GroupedRows w{weight.ptr<char>() + e * weight.stride(0) * itemsize(weight.dtype),
                         weight.stride(2) * itemsize(weight.dtype), nullptr, 1, weight.dtype};
     if (s.k == 0) std::memset(sums, 0, rows * kTile * sizeof(float));

@@ -125,6 +125,9 @@ void pack_along(bool pairs, const GroupedRows& x, int64_t first, int64_t count, 
 
 // ---- few rows --------------------------------------------------------------------------------------------------------
 
+constexpr int64_t kAhead =
+    16 << 10;  // bytes to prefetch: rows are read from end to end, further than the hardware looks
+
 // So many rows of W at once that their sums fit the registers and each word of x is of use to several.
 template <int M>
 constexpr int kFewW = M <= 5 ? 4 : 3;
@@ -150,7 +153,10 @@ void few_of(const char* w, int64_t w_row_bytes, int64_t count, int64_t k, const 
         const __mmask32 some = left >= 32 ? 0xffffffffu : (1u << left) - 1;
         __m512bh part[R];
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) part[r] = (__m512bh)_mm512_maskz_loadu_epi16(some, row[r] + c);
+        for (int r = 0; r < R; ++r) {
+          __builtin_prefetch(reinterpret_cast<const char*>(row[r] + c) + kAhead);
+          part[r] = (__m512bh)_mm512_maskz_loadu_epi16(some, row[r] + c);
+        }
 #pragma GCC unroll 8
         for (int i = 0; i < M; ++i) {
           const __m512bh word = (__m512bh)_mm512_loadu_si512(words + i * x_row);
@@ -178,20 +184,95 @@ void few_of(const char* w, int64_t w_row_bytes, int64_t count, int64_t k, const 
   }
 }
 
+template <class F>
+void with_rows(int64_t m, F&& f) {  // 1 to 8
+  switch (m) {
+    case 1: return f.template operator()<1>();
+    case 2: return f.template operator()<2>();
+    case 3: return f.template operator()<3>();
+    case 4: return f.template operator()<4>();
+    case 5: return f.template operator()<5>();
+    case 6: return f.template operator()<6>();
+    case 7: return f.template operator()<7>();
+    default: return f.template operator()<8>();
+  }
+}
+
 void few(bool pairs, DType dtype, const char* w, int64_t w_row_bytes, int64_t count, int64_t k, const uint32_t* x,
          int64_t x_row, int64_t m, float* y, int64_t y_row) {
   visit_words(dtype, pairs, [&]<class T, bool Pairs>() {
-    const auto with = [&]<int M>() { few_of<Pairs, M, T>(w, w_row_bytes, count, k, x, x_row, y, y_row); };
-    switch (m) {
-      case 1: return with.template operator()<1>();
-      case 2: return with.template operator()<2>();
-      case 3: return with.template operator()<3>();
-      case 4: return with.template operator()<4>();
-      case 5: return with.template operator()<5>();
-      case 6: return with.template operator()<6>();
-      case 7: return with.template operator()<7>();
-      default: return with.template operator()<8>();
+    with_rows(m, [&]<int M>() { few_of<Pairs, M, T>(w, w_row_bytes, count, k, x, x_row, y, y_row); });
+  });
+}
+
+// Sums stay in y, which the first-level cache holds, while W goes by row by row.
+template <bool Pairs, int M, class T>
+void few_along_of(const char* w, int64_t w_row_bytes, int64_t count, int64_t columns, const uint32_t* x, int64_t x_row,
+                  float* y, int64_t y_row) {
+  constexpr int R = Pairs ? 8 : 4;  // rows of W at once
+  for (int64_t r0 = 0; r0 < count; r0 += R) {
+    const int64_t n = count - r0 < R ? count - r0 : R;
+    const T* row[R];
+    for (int r = 0; r < R; ++r) row[r] = reinterpret_cast<const T*>(w + (r0 + (r < n ? r : n - 1)) * w_row_bytes);
+    if constexpr (Pairs) {
+#if defined(__AVX512BF16__)
+      const uint32_t* words = x + r0 / 2;
+      alignas(64) uint16_t lanes[2][32];
+      for (int i = 0; i < 32; ++i) {
+        for (int half = 0; half < 2; ++half) lanes[half][i] = static_cast<uint16_t>(16 * half + i / 2 + i % 2 * 32);
+      }
+      const __m512i first = _mm512_load_si512(lanes[0]), second = _mm512_load_si512(lanes[1]);
+      for (int64_t c = 0; c < columns; c += 32) {
+        const int64_t left = columns - c;
+        const __mmask32 some = left >= 32 ? 0xffffffffu : (1u << left) - 1;
+        __m512 sums[M][2];
+#pragma GCC unroll 8
+        for (int i = 0; i < M; ++i) {
+          sums[i][0] = _mm512_loadu_ps(y + i * y_row + c);
+          sums[i][1] = _mm512_loadu_ps(y + i * y_row + c + 16);
+        }
+#pragma GCC unroll 4
+        for (int p = 0; p < R / 2; ++p) {
+          if (2 * p >= n) break;
+          __builtin_prefetch(reinterpret_cast<const char*>(row[2 * p] + c) + R * w_row_bytes);
+          __builtin_prefetch(reinterpret_cast<const char*>(row[2 * p + 1] + c) + R * w_row_bytes);
+          const __m512i one = _mm512_maskz_loadu_epi16(some, row[2 * p] + c);
+          const __m512i two = _mm512_maskz_loadu_epi16(2 * p + 1 < n ? some : 0u, row[2 * p + 1] + c);
+          const __m512bh low = (__m512bh)_mm512_permutex2var_epi16(one, first, two);
+          const __m512bh high = (__m512bh)_mm512_permutex2var_epi16(one, second, two);
+#pragma GCC unroll 8
+          for (int i = 0; i < M; ++i) {
+            const __m512bh word = (__m512bh)_mm512_set1_epi32(static_cast<int>(words[i * x_row + p]));
+            sums[i][0] = _mm512_dpbf16_ps(sums[i][0], word, low);
+            sums[i][1] = _mm512_dpbf16_ps(sums[i][1], word, high);
+          }
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < M; ++i) {
+          _mm512_storeu_ps(y + i * y_row + c, sums[i][0]);
+          _mm512_storeu_ps(y + i * y_row + c + 16, sums[i][1]);
+        }
+      }
+#endif
+    } else {
+      const float* words = reinterpret_cast<const float*>(x) + r0;
+      for (int64_t c = 0; c < columns; c += kWidth) {
+        F32 part[R];
+        for (int r = 0; r < n; ++r) part[r] = load_part(row[r] + c, columns - c);
+        for (int i = 0; i < M; ++i) {
+          F32 sum = load(y + i * y_row + c);
+          for (int r = 0; r < n; ++r) sum = fma(broadcast(words[i * x_row + r]), part[r], sum);
+          store(y + i * y_row + c, sum);
+        }
+      }
     }
+  }
+}
+
+void few_along(bool pairs, DType dtype, const char* w, int64_t w_row_bytes, int64_t count, int64_t columns,
+               const uint32_t* x, int64_t x_row, int64_t m, float* y, int64_t y_row) {
+  visit_words(dtype, pairs, [&]<class T, bool Pairs>() {
+    with_rows(m, [&]<int M>() { few_along_of<Pairs, M, T>(w, w_row_bytes, count, columns, x, x_row, y, y_row); });
   });
 }
 
@@ -306,7 +387,7 @@ void add_rows(const GroupedRows& x, int64_t first, int64_t count, int64_t begin,
   });
 }
 
-constexpr GroupedKernels kKernels = {pack_across, pack_along, pack_rows,           few,
+constexpr GroupedKernels kKernels = {pack_across, pack_along, pack_rows,           few,     few_along,
                                      add_bias,    activate,   activation_backward, add_rows};
 
 }  // namespace

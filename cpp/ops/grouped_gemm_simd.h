@@ -36,6 +36,11 @@ struct GroupedKernels {
   void (*few)(bool pairs, DType dtype, const char* w, int64_t w_row_bytes, int64_t count, int64_t k, const uint32_t* x,
               int64_t x_row, int64_t m, float* y, int64_t y_row);
 
+  // y [m][y_row] += m rows of words times `count` rows of W, of which so many columns from w on: m <= 8. Room for a multiple
+  // of 32 columns in y.
+  void (*few_along)(bool pairs, DType dtype, const char* w, int64_t w_row_bytes, int64_t count, int64_t columns,
+                    const uint32_t* x, int64_t x_row, int64_t m, float* y, int64_t y_row);
+
   // z [rows][z_row] in place. Biases belong to rows or lanes; may be null.
   void (*add_bias)(float* z, int64_t z_row, int64_t rows, int64_t used, const char* bias, DType dtype, bool by_row);
   // first [rows][z_row] = act(first)·second.
