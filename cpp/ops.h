@@ -189,27 +189,30 @@ int64_t int4_gemm_bytes(Tensor x, Tensor codes, int64_t columns, bool backward, 
 // top_k largest of score + correction? [E] float32 are chosen, between equals the lower number. gate = scale·score of the
 // chosen, divided by their sum if normalize. out: expert [T, K] int64, the plan, and in float32 (float64): gate [T, K],
 // probability [E] = mean over tokens of score (sigmoid: score / its sum), losses [2] = E·Σ_e (share of slots of e)·
-// probability[e], and the mean of logsumexp(logits)². On a CPU a NaN is refused; on a GPU its token's gates become NaN.
-// workspace: uint8, as many bytes as moe_route_bytes says.
+// probability[e], and the mean of logsumexp(logits)². A logit of -inf has score 0 and is chosen last. On a CPU rows with
+// NaN, +inf or only -inf are refused; on a GPU the token's gates, and all means, become NaN.
+// E <= 1024; on a GPU top_k <= 64. workspace: uint8, as many bytes as moe_route_bytes says.
 void moe_route(Tensor logits, int64_t top_k, bool sigmoid, bool normalize, float scale, Tensor correction,
                Tensor workspace, Tensor expert, Tensor gate, Tensor offset, Tensor order, Tensor place,
                Tensor probability, Tensor losses);
 
 // grad_logits, in the dtype of logits, from the gradients of gate? [T, K], losses? [2] and probability? [E].
 void moe_route_backward(Tensor logits, bool sigmoid, bool normalize, float scale, Tensor expert, Tensor offset,
-                        Tensor grad_gate, Tensor grad_losses, Tensor grad_probability, Tensor grad_logits);
+                        Tensor grad_gate, Tensor grad_losses, Tensor grad_probability, Tensor workspace,
+                        Tensor grad_logits);
 
 // The plan of experts chosen elsewhere: expert [T, K] int64 or int32 in [0, experts] (checked on a CPU; on a GPU what is
 // outside counts as nobody's).
 void moe_route_plan(Tensor expert, int64_t experts, Tensor workspace, Tensor offset, Tensor order, Tensor place);
 
-// Workspace of both, on so many threads.
+// Workspace of all three, on so many threads; expert as above.
 int64_t moe_route_bytes(Tensor expert, int64_t experts, int64_t threads);
 
 // ---- moe_dispatch: tokens in grouped order -------------------------------------------------------------------------------
 
 // out [R, H] = x [T, H] or [T, K, H]: out[r] is the row of token order[r] / K, or of slot order[r]; 0 from offset[E] on.
-void moe_dispatch(Tensor x, Tensor offset, Tensor order, Tensor out);
+// place says what T and K are.
+void moe_dispatch(Tensor x, Tensor offset, Tensor order, Tensor place, Tensor out);
 
 // grad_x [T, H] or [T, K, H] from grad_out [R, H], whose rows from offset[E] on are not read.
 void moe_dispatch_backward(Tensor grad_out, Tensor place, Tensor grad_x);

@@ -62,11 +62,11 @@ void moe_route(Tensor, int64_t, bool, bool, float, Tensor, Tensor, Tensor, Tenso
                Tensor) {
   no_cuda("moe_route");
 }
-void moe_route_backward(Tensor, bool, bool, float, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor) {
+void moe_route_backward(Tensor, bool, bool, float, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor) {
   no_cuda("moe_route");
 }
 void moe_route_plan(Tensor, int64_t, Tensor, Tensor, Tensor, Tensor) { no_cuda("moe_route"); }
-void moe_dispatch(Tensor, Tensor, Tensor, Tensor) { no_cuda("moe_dispatch"); }
+void moe_dispatch(Tensor, Tensor, Tensor, Tensor, Tensor) { no_cuda("moe_dispatch"); }
 void moe_dispatch_backward(Tensor, Tensor, Tensor) { no_cuda("moe_dispatch"); }
 void moe_combine(Tensor, Tensor, Tensor, Tensor) { no_cuda("moe_combine"); }
 void moe_combine_backward(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor) { no_cuda("moe_combine"); }

@@ -65,9 +65,10 @@ void moe_route(Tensor logits, int64_t top_k, bool sigmoid, bool normalize, float
                Tensor workspace, Tensor expert, Tensor gate, Tensor offset, Tensor order, Tensor place,
                Tensor probability, Tensor losses);
 void moe_route_backward(Tensor logits, bool sigmoid, bool normalize, float scale, Tensor expert, Tensor offset,
-                        Tensor grad_gate, Tensor grad_losses, Tensor grad_probability, Tensor grad_logits);
+                        Tensor grad_gate, Tensor grad_losses, Tensor grad_probability, Tensor workspace,
+                        Tensor grad_logits);
 void moe_route_plan(Tensor expert, int64_t experts, Tensor workspace, Tensor offset, Tensor order, Tensor place);
-void moe_dispatch(Tensor x, Tensor offset, Tensor order, Tensor out);
+void moe_dispatch(Tensor x, Tensor offset, Tensor order, Tensor place, Tensor out);
 void moe_dispatch_backward(Tensor grad_out, Tensor place, Tensor grad_x);
 void moe_combine(Tensor y, Tensor place, Tensor gate, Tensor out);
 void moe_combine_backward(Tensor grad_out, Tensor y, Tensor place, Tensor offset, Tensor order, Tensor gate,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 SCORINGS = ("softmax", "sigmoid")
 
@@ -38,18 +39,14 @@ def moe_route(logits, top_k, *, scoring="softmax", normalize=True, scale=1.0, co
     """Same signature and meaning as :func:`fastpost.moe_route`."""
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     z, (t, e) = logits.to(wide), logits.shape
-    score = z.softmax(-1) if scoring == "softmax" else z.sigmoid()
-    ranked = score if correction is None else score + correction.to(wide)
-    if correction is None:
-        ranked = z  # the same order, and finer than probabilities where these underflow
+    score, log_score = (z.softmax(-1), z) if scoring == "softmax" else (z.sigmoid(), F.logsigmoid(z))
+    ranked = z  # the same order as scores, and finer where these underflow
+    if correction is not None:  # which does not bring back an expert that is masked
+        ranked = torch.where(z == -torch.inf, z, score + correction.to(wide))
     expert = ranked.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    gate = score.gather(1, expert)
-    if normalize and scoring == "softmax":
-        gate = z.gather(1, expert).softmax(-1)  # probabilities of the chosen, renormalised
-    elif normalize:
-        gate = gate / gate.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    probability = score if scoring == "softmax" else score / score.sum(-1, keepdim=True)
-    probability = probability.sum(0) / max(t, 1)
+    # score / Σ score, over the chosen or over all, is softmax(log score): nothing underflows
+    gate = log_score.gather(1, expert).softmax(-1) if normalize else score.gather(1, expert)
+    probability = log_score.softmax(-1).sum(0) / max(t, 1)
     plan = moe_plan(expert, e)
     share = plan.offset.diff().to(wide) / max(t * top_k, 1)
     load_balance = e * (share * probability).sum()
@@ -82,6 +79,7 @@ class Case:
     correction: bool = False
     spread: float = 1.0  # of the logits
     favourite: bool = False  # every token's best expert is number 1
+    masked: float = 0.0  # share of logits that are -inf
 
     def inputs(self, dtype=torch.float32, device="cpu", seed=0):
         """(logits, top_k) and the keyword arguments."""
@@ -89,6 +87,10 @@ class Case:
         logits = self.spread * torch.randn(self.t, self.e, generator=g)
         if self.favourite:
             logits[:, 1] += 50
+        if self.masked:
+            hidden = torch.rand(self.t, self.e, generator=g) < self.masked
+            hidden[:, self.e // 2] = False
+            logits[hidden] = -torch.inf
         options = {"scoring": self.scoring, "normalize": self.normalize, "scale": self.route_scale}
         if self.correction:
             options["correction"] = torch.randn(self.e, generator=g).to(device)
@@ -113,5 +115,11 @@ def cases() -> list[Case]:
         Case("many-experts", 500, 128, 8),
         Case("large-logits", 40, 8, 2, spread=1e3),
         Case("small-logits", 40, 8, 2, spread=1e-3),
+        Case("large-sigmoid", 40, 8, 2, "sigmoid", spread=1e3),
+        Case("masked", 90, 8, 2, masked=0.3),
+        Case("masked-sigmoid", 90, 8, 2, "sigmoid", masked=0.3, correction=True),
+        Case("masked-most", 60, 8, 3, normalize=False, masked=0.9),
+        Case("long-lists", 70, 200, 40),
+        Case("most-experts", 20, 512, 64, "sigmoid", correction=True),
         Case("many-tokens", 4099, 8, 2),
     ]
