@@ -26,8 +26,8 @@ DOSSIER = (
     "bench/ops/bench_{}.py",
 )
 PART = re.compile(
-    r"(_fused|_int8)?(_simd|_sm\d+)?$"
-)  # an op's second file: the path with the GEMM inside, or with int8 multipliers, or one instruction set
+    r"(_fused|_int8|_products)?(_simd|_sm\d+)?$"
+)  # an op's second file: the path with the GEMM inside, with int8 multipliers, the products, or one instruction set
 HARD_LIMIT = 600  # lines of a source file
 
 
