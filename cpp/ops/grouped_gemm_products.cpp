@@ -21,6 +21,7 @@ constexpr const char* kOp = "grouped_gemm";
 // ---- how the work is cut ---------------------------------------------------------------------------------------------
 
 constexpr int64_t kFew = 16;           // rows of an expert that read W faster than panels do
+constexpr int64_t kFewSteps = 8;       // of a weight gradient, whose results need no cache
 constexpr int64_t kSumSteps = 512;     // of a product at a time: a panel of so many stays in the second-level cache
 constexpr int64_t kTile = 128;         // outputs of a transposed W at a time
 constexpr int64_t kFewColumns = 1024;  // outputs, for few rows
@@ -421,6 +422,12 @@ void weight_gradient(const GroupedRows& grad, const GroupedRows& x, const Groups
           grouped_kernels().pack_along(s.words.pairs, grad, first + from,
                                        std::min(rows - from, steps * s.words.per_word), begin, begin + count, kMaxBlock,
                                        0, a);
+          if (all <= kFewSteps) {
+            char* first_out = out.ptr<char>() + (e * out.stride(0) + begin * out.stride(1)) * itemsize(out.dtype);
+            grouped_kernels().outer(s.words.pairs, out.dtype, a, kMaxBlock, count, panels, all, s.k, first_out,
+                                    out.stride(1) * itemsize(out.dtype));
+            break;
+          }
           for (int64_t p = 0; p < s.panels; ++p) {
             const int64_t column = p * s.lanes, used = std::min(s.lanes, s.k - column);
             float* c = sums + (chunked ? p * kMaxBlock * s.lanes : 0);

@@ -276,6 +276,74 @@ void few_along(bool pairs, DType dtype, const char* w, int64_t w_row_bytes, int6
   });
 }
 
+// So few steps that results go from registers to memory, past the caches where they fill lines.
+template <bool Pairs, class T>
+void outer_of(const uint32_t* a, int64_t a_step, int64_t count, const uint32_t* panels, int64_t steps, int64_t columns,
+              char* out, int64_t out_row) {
+  constexpr int R = 4, kVectors = kLanes / kWidth;
+  [[maybe_unused]] const bool whole_lines =
+      sizeof(T) == 2 && kWidth == 16 && reinterpret_cast<uintptr_t>(out) % 64 == 0 && out_row % 64 == 0;
+  for (int64_t r0 = 0; r0 < count; r0 += R) {
+    const int64_t rows = count - r0 < R ? count - r0 : R;
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      const uint32_t* b = panels + c * steps;
+      F32 sums[R][kVectors];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = broadcast(0.0f);
+      }
+      for (int64_t s = 0; s < steps; ++s, b += kLanes) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          const uint32_t word = a[s * a_step + r0 + (r < rows ? r : 0)];
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) {
+            if constexpr (Pairs) {
+#if defined(__AVX512BF16__)
+              sums[r][v].v = _mm512_dpbf16_ps(sums[r][v].v, (__m512bh)_mm512_set1_epi32(static_cast<int>(word)),
+                                              (__m512bh)_mm512_loadu_si512(b + v * kWidth));
+#endif
+            } else {
+              sums[r][v] =
+                  fma(broadcast(bits_to_float(word)), load(reinterpret_cast<const float*>(b) + v * kWidth), sums[r][v]);
+            }
+          }
+        }
+      }
+      const int64_t left = columns - c;
+      for (int r = 0; r < rows; ++r) {
+        T* to = reinterpret_cast<T*>(out + (r0 + r) * out_row) + c;
+#if defined(__AVX512BF16__)
+        if constexpr (Pairs) {
+          if (whole_lines && left >= kLanes) {
+            for (int v = 0; v < kVectors; v += 2) {
+              const __m512i line = (__m512i)_mm512_cvtne2ps_pbh(sums[r][v + 1].v, sums[r][v].v);
+              _mm512_stream_si512(reinterpret_cast<__m512i*>(to + v * kWidth), line);
+            }
+            continue;
+          }
+        }
+#endif
+        for (int v = 0; v < kVectors && v * kWidth < left; ++v) {
+          const int64_t n = left - v * kWidth;
+          n >= kWidth ? store(to + v * kWidth, sums[r][v]) : store_tail(to + v * kWidth, sums[r][v], n);
+        }
+      }
+    }
+  }
+#if defined(__AVX512F__)
+  if (whole_lines) _mm_sfence();
+#endif
+}
+
+void outer(bool pairs, DType dtype, const uint32_t* a, int64_t a_step, int64_t count, const uint32_t* panels,
+           int64_t steps, int64_t columns, char* out, int64_t out_row) {
+  visit_words(dtype, pairs, [&]<class T, bool Pairs>() {
+    outer_of<Pairs, T>(a, a_step, count, panels, steps, columns, out, out_row);
+  });
+}
+
 // ---- activations -----------------------------------------------------------------------------------------------------
 
 inline F32 negative(F32 x) { return broadcast(0.0f) - x; }
@@ -387,7 +455,7 @@ void add_rows(const GroupedRows& x, int64_t first, int64_t count, int64_t begin,
   });
 }
 
-constexpr GroupedKernels kKernels = {pack_across, pack_along, pack_rows,           few,     few_along,
+constexpr GroupedKernels kKernels = {pack_across, pack_along, pack_rows,           few,     few_along, outer,
                                      add_bias,    activate,   activation_backward, add_rows};
 
 }  // namespace

@@ -41,6 +41,11 @@ struct GroupedKernels {
   void (*few_along)(bool pairs, DType dtype, const char* w, int64_t w_row_bytes, int64_t count, int64_t columns,
                     const uint32_t* x, int64_t x_row, int64_t m, float* y, int64_t y_row);
 
+  // out [count] rows of so many columns = Σ over few steps of a(step, row) · panels [panel][step][lanes], in dtype;
+  // a(step, row) = a[step·a_step + row].
+  void (*outer)(bool pairs, DType dtype, const uint32_t* a, int64_t a_step, int64_t count, const uint32_t* panels,
+                int64_t steps, int64_t columns, char* out, int64_t out_row);
+
   // z [rows][z_row] in place. Biases belong to rows or lanes; may be null.
   void (*add_bias)(float* z, int64_t z_row, int64_t rows, int64_t used, const char* bias, DType dtype, bool by_row);
   // first [rows][z_row] = act(first)·second.
