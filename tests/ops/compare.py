@@ -20,6 +20,12 @@ def error(ours, truth):
     return float(((a - b).norm(dim=1) / (b.norm(dim=1) + floor)).max())
 
 
+def overall(ours, truth):
+    """Error over the whole tensor, relative to its norm."""
+    a, b = ours.detach().double().cpu(), truth.detach().double().cpu()
+    return float((a - b).norm() / (b.norm() + 1e-30))
+
+
 def forward_and_gradients(f, tensors, convert, seed=1):
     """Outputs of f(*tensors) and gradients for uneven incoming gradients, some of them zero."""
     leaves = [
