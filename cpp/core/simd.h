@@ -101,6 +101,9 @@ inline F32 one_where_zero(F32 x) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_EQ_OQ), _mm512_set1_ps(1.0f))};
 }
 inline float sum(F32 x) { return _mm512_reduce_add_ps(x.v); }
+using Mask = __mmask16;
+inline Mask not_at_most(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ); }  // true for NaN
+inline F32 select(Mask m, F32 a, F32 b) { return {_mm512_mask_mov_ps(b.v, m, a.v)}; }
 
 #elif defined(__AVX2__)
 
@@ -152,6 +155,11 @@ inline float sum(F32 x) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
+struct Mask {
+  __m256 v;
+};
+inline Mask not_at_most(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ)}; }
+inline F32 select(Mask m, F32 a, F32 b) { return {_mm256_blendv_ps(b.v, a.v, m.v)}; }
 
 #else  // plain C++: short loops that the compiler turns into what the target has (SSE2, NEON, …)
 
@@ -195,6 +203,15 @@ inline float sum(F32 x) {
   for (int i = 0; i < F32::width; ++i) s += x.v[i];
   return s;
 }
+struct Mask {
+  bool v[8];
+};
+inline Mask not_at_most(F32 a, F32 b) {
+  Mask m;
+  for (int i = 0; i < F32::width; ++i) m.v[i] = !(a.v[i] <= b.v[i]);
+  return m;
+}
+inline F32 select(Mask m, F32 a, F32 b) { FP_LANES(m.v[i] ? a.v[i] : b.v[i]); }
 #undef FP_LANES
 
 #endif

@@ -13,10 +13,11 @@ namespace fastpost::FP_ISA {
 namespace {
 
 constexpr int64_t kW = kRouteLanes;
-constexpr int64_t kSortFrom = 17;  // top_k from which a sort of each row beats insertion into a list
 
 template <class Real>
-struct alignas(64) Lanes {
+union alignas(64) Lanes {
+  typedef Real Vector __attribute__((vector_size(kW * sizeof(Real))));
+  Vector all;  // arithmetic on it is vector code whatever the instruction set
   Real v[kW];
   Real& operator[](int64_t l) { return v[l]; }
   const Real& operator[](int64_t l) const { return v[l]; }
@@ -44,6 +45,20 @@ void narrow(const float* in, int64_t n, T* out) {
   for (; i < n; ++i) out[i] = from_float<T>(in[i]);
 }
 
+// to(i)[k] = from(k)[i] for four times four numbers: rows become columns a vector at a time.
+constexpr int64_t kTurn = 4;
+template <class Real, class From, class To>
+void turn(From from, To to) {
+  typedef Real Four __attribute__((vector_size(kTurn * sizeof(Real))));
+  Four a[kTurn];
+  for (int64_t i = 0; i < kTurn; ++i) __builtin_memcpy(&a[i], from(i), sizeof(Four));
+  const Four p = __builtin_shufflevector(a[0], a[1], 0, 4, 1, 5), q = __builtin_shufflevector(a[2], a[3], 0, 4, 1, 5);
+  const Four r = __builtin_shufflevector(a[0], a[1], 2, 6, 3, 7), s = __builtin_shufflevector(a[2], a[3], 2, 6, 3, 7);
+  const Four turned[kTurn] = {__builtin_shufflevector(p, q, 0, 1, 4, 5), __builtin_shufflevector(p, q, 2, 3, 6, 7),
+                              __builtin_shufflevector(r, s, 0, 1, 4, 5), __builtin_shufflevector(r, s, 2, 3, 6, 7)};
+  for (int64_t i = 0; i < kTurn; ++i) __builtin_memcpy(to(i), &turned[i], sizeof(Four));
+}
+
 // Memory of one thread: pieces of the caller's scratch.
 template <class Real>
 struct Tile {
@@ -59,8 +74,7 @@ struct Tile {
     relative = z + e;
     sum = relative + e;
     ranked = sum + e;
-    best = ranked + e;
-    id = best + k;
+    id = ranked + e;
     chosen = id + k;
     incoming = chosen + k;
     rows = (incoming + k)->v;
@@ -73,14 +87,39 @@ struct Tile {
     for (int64_t l = 0; l < kW; ++l) {
       source[l] = reinterpret_cast<const T*>(in.row(options.dtype, first + (l < n ? l : 0)));
     }
-    if constexpr (sizeof(T) == 2) {
-      for (int64_t l = 0; l < kW; ++l) widen(source[l], e, rows + l * e);
-      for (int64_t j = 0; j < e; ++j) {
-        for (int64_t l = 0; l < kW; ++l) z[j][l] = rows[l * e + j];
+    const Real* row[kW];
+    for (int64_t l = 0; l < kW; ++l) {
+      if constexpr (sizeof(T) == 2) {
+        widen(source[l], e, rows + l * e);
+        row[l] = rows + l * e;
+      } else {
+        row[l] = source[l];
       }
-    } else {
-      for (int64_t j = 0; j < e; ++j) {
-        for (int64_t l = 0; l < kW; ++l) z[j][l] = source[l][j];
+    }
+    for (int64_t j = 0; j < e; j += kTurn) {
+      if (j + kTurn <= e) {
+        for (int64_t l = 0; l < kW; l += kTurn) {
+          turn<Real>([&](int64_t i) { return row[l + i] + j; }, [&](int64_t i) { return z[j + i].v + l; });
+        }
+      } else {
+        for (int64_t i = j; i < e; ++i) {
+          for (int64_t l = 0; l < kW; ++l) z[i][l] = row[l][i];
+        }
+      }
+    }
+  }
+
+  // Column l of from[experts] goes to rows[l].
+  void turn_back(const Row* from) {
+    for (int64_t j = 0; j < e; j += kTurn) {
+      if (j + kTurn <= e) {
+        for (int64_t l = 0; l < kW; l += kTurn) {
+          turn<Real>([&](int64_t i) { return from[j + i].v + l; }, [&](int64_t i) { return rows + (l + i) * e + j; });
+        }
+      } else {
+        for (int64_t i = j; i < e; ++i) {
+          for (int64_t l = 0; l < kW; ++l) rows[l * e + i] = from[i][l];
+        }
       }
     }
   }
@@ -89,10 +128,15 @@ struct Tile {
 template <class Real>
 Lanes<Real> maximum(const Lanes<Real>* z, int64_t n) {
   Lanes<Real> m = z[0];
-  for (int64_t j = 1; j < n; ++j) {
-    for (int64_t l = 0; l < kW; ++l) m[l] = z[j][l] > m[l] ? z[j][l] : m[l];
-  }
+  for (int64_t j = 1; j < n; ++j) m.all = z[j].all > m.all ? z[j].all : m.all;
   return m;
+}
+
+template <class Real>
+void split(const Lanes<Real>& z, Lanes<Real>& negative, Lanes<Real>& minus_absolute) {
+  const typename Lanes<Real>::Vector zero = {};
+  negative.all = z.all > zero ? zero : z.all;
+  minus_absolute.all = z.all > zero ? -z.all : z.all;
 }
 
 // relative(z[j]) into out[j], and the sums.
@@ -102,18 +146,16 @@ Lanes<Real> relative_scores(const Lanes<Real>* z, int64_t n, bool sigmoid, const
   for (int64_t j = 0; j < n; ++j) {
     Lanes<Real> x, y;
     if (sigmoid) {
-      for (int64_t l = 0; l < kW; ++l) {
-        x[l] = (z[j][l] > 0 ? 0 : z[j][l]) - shift[l];
-        y[l] = z[j][l] > 0 ? -z[j][l] : z[j][l];
-      }
+      split(z[j], x, y);
+      x.all -= shift.all;
       exp_lanes(x);
       exp_lanes(y);
-      for (int64_t l = 0; l < kW; ++l) x[l] = x[l] / (1 + y[l]);
+      x.all /= 1 + y.all;
     } else {
-      for (int64_t l = 0; l < kW; ++l) x[l] = z[j][l] - shift[l];
+      x.all = z[j].all - shift.all;
       exp_lanes(x);
     }
-    for (int64_t l = 0; l < kW; ++l) sum[l] += x[l];
+    sum.all += x.all;
     out[j] = x;
   }
   return sum;
@@ -121,44 +163,46 @@ Lanes<Real> relative_scores(const Lanes<Real>* z, int64_t n, bool sigmoid, const
 
 template <class Real>
 Lanes<Real> shift_of(bool sigmoid, const Lanes<Real>& max) {
-  Lanes<Real> shift;
-  constexpr Real lowest = static_cast<Real>(-3e38f);  // where all are masked: 0 for all, and no -inf + inf
-  for (int64_t l = 0; l < kW; ++l) {
-    shift[l] = sigmoid && max[l] > 0 ? 0 : max[l];
-    shift[l] = shift[l] < lowest ? lowest : shift[l];
-  }
+  const typename Lanes<Real>::Vector zero = {}, lowest = zero - static_cast<Real>(3e38f);
+  Lanes<Real> shift = max;
+  if (sigmoid) shift.all = max.all > zero ? zero : max.all;
+  shift.all = shift.all < lowest ? lowest : shift.all;  // where all are masked: 0 for all, and no -inf + inf
   return shift;
 }
 
 // 1 / x, and 0 for 0.
 template <class Real>
 Lanes<Real> inverse(const Lanes<Real>& x) {
+  const typename Lanes<Real>::Vector zero = {};
   Lanes<Real> y;
-  for (int64_t l = 0; l < kW; ++l) y[l] = x[l] == 0 ? 0 : 1 / x[l];
+  y.all = x.all == zero ? zero : 1 / x.all;
   return y;
 }
 
-// Expert `number` into the lists of best[0..filled], best first; between equals the lower number, which came first. Where
-// one is inserted, all after it move down, so equals keep their order. A list starts as NaN, below which there is nothing:
-// also -inf finds a place in it.
-template <class Real>
-void insert(const Lanes<Real>& v, Real number, Lanes<Real>* best, Lanes<Real>* id, int64_t filled) {
-  for (int64_t i = filled; i > 0; --i) {
-    for (int64_t l = 0; l < kW; ++l) {
-      const bool here = !(v[l] <= best[i][l]), above = !(v[l] <= best[i - 1][l]);
-      const Real value = above ? best[i - 1][l] : v[l], of = above ? id[i - 1][l] : number;
-      best[i][l] = here ? value : best[i][l];
-      id[i][l] = here ? of : id[i][l];
+// The K best of ranked[0..e), best first; between equals the lower number. Each is put into the list behind all that are
+// at least as good, and those after it move down, so equals keep their order. K is small: the list stays in registers.
+template <int K>
+void insert_all(const Lanes<float>* ranked, int64_t e, Lanes<float>* id) {
+  for (int64_t l = 0; l < kW; l += F32::width) {
+    F32 best[K], of[K];
+    for (int i = 0; i < K; ++i) best[i] = of[i] = broadcast(__builtin_nanf(""));  // nothing is below: -inf goes before
+    for (int64_t j = 0; j < e; ++j) {
+      const F32 v = load(ranked[j].v + l), number = broadcast(static_cast<float>(j));
+      Mask here = not_at_most(v, best[K - 1]);
+      for (int i = K - 1; i > 0; --i) {
+        const Mask above = not_at_most(v, best[i - 1]);
+        best[i] = select(here, select(above, best[i - 1], v), best[i]);
+        of[i] = select(here, select(above, of[i - 1], number), of[i]);
+        here = above;
+      }
+      best[0] = select(here, v, best[0]);
+      of[0] = select(here, number, of[0]);
     }
-  }
-  for (int64_t l = 0; l < kW; ++l) {
-    const bool here = !(v[l] <= best[0][l]);
-    best[0][l] = here ? v[l] : best[0][l];
-    id[0][l] = here ? number : id[0][l];
+    for (int i = 0; i < K; ++i) store(id[i].v + l, of[i]);
   }
 }
 
-// For long lists: each row by itself, a heap of the best so far (its root is the worst of them), then sorted.
+// For longer lists: each row by itself, a heap of the best so far (its root is the worst of them), then sorted.
 template <class Real>
 struct Ranked {
   Real value;
@@ -198,14 +242,17 @@ struct Scores {
 template <class Real>
 void choose(Tile<Real>& tile, const Lanes<Real>* ranked) {
   const int64_t e = tile.e, k = tile.k;
-  if (k < kSortFrom) {
-    for (int64_t i = 0; i < k; ++i) {
-      for (int64_t l = 0; l < kW; ++l) tile.best[i][l] = static_cast<Real>(__builtin_nan(""));
+  if constexpr (sizeof(Real) == 4) {
+    switch (k) {
+      case 1: return insert_all<1>(ranked, e, tile.id);
+      case 2: return insert_all<2>(ranked, e, tile.id);
+      case 3: return insert_all<3>(ranked, e, tile.id);
+      case 4: return insert_all<4>(ranked, e, tile.id);
+      case 5: return insert_all<5>(ranked, e, tile.id);
+      case 6: return insert_all<6>(ranked, e, tile.id);
+      case 7: return insert_all<7>(ranked, e, tile.id);
+      case 8: return insert_all<8>(ranked, e, tile.id);
     }
-    for (int64_t j = 0; j < e; ++j) {
-      insert(ranked[j], static_cast<Real>(j), tile.best, tile.id, j < k ? j : k - 1);
-    }
-    return;
   }
   auto* heap = reinterpret_cast<Ranked<Real>*>(tile.rows);
   for (int64_t l = 0; l < kW; ++l) {
@@ -251,16 +298,13 @@ int64_t forward(const RouteOptions& o, const RouteRows& in, const RouteForward& 
     Row share = scores.inverse_sum;
     for (int64_t l = n; l < kW; ++l) share[l] = 0;
     for (int64_t j = 0; j < e; ++j) {
-      for (int64_t l = 0; l < kW; ++l) tile.sum[j][l] += tile.relative[j][l] * share[l];
+      tile.sum[j].all += tile.relative[j].all * share.all;
     }
 
     if (out.correction) {
       for (int64_t j = 0; j < e; ++j) {
-        const Real c = out.correction[j];
-        for (int64_t l = 0; l < kW; ++l) {
-          const Real masked = tile.z[j][l], score = tile.relative[j][l] * factor[l] + c;
-          tile.ranked[j][l] = masked < static_cast<Real>(-3.4e38f) ? masked : score;
-        }
+        const auto z = tile.z[j].all, score = tile.relative[j].all * factor.all + static_cast<Real>(out.correction[j]);
+        tile.ranked[j].all = z < static_cast<Real>(-3.4e38f) ? z : score;
       }
     }
     choose(tile, out.correction ? tile.ranked : tile.z);
@@ -309,10 +353,8 @@ void backward(const RouteOptions& o, const RouteRows& in, const RouteBackward& o
     Row dot = {};
     for (int64_t j = 0; j < e; ++j) {
       const Real c = static_cast<Real>(out.coefficient[j]);
-      for (int64_t l = 0; l < kW; ++l) {
-        tile.relative[j][l] *= scores.inverse_sum[l];  // probabilities from here on
-        dot[l] += tile.relative[j][l] * c;
-      }
+      tile.relative[j].all *= scores.inverse_sum.all;  // probabilities from here on
+      dot.all += tile.relative[j].all * c;
     }
 
     // Row i of tile.incoming: what the gate of slot i sends to its own expert's w.
@@ -332,28 +374,22 @@ void backward(const RouteOptions& o, const RouteRows& in, const RouteBackward& o
         const Row factor = inverse(relative_scores(tile.chosen, k, o.sigmoid, shift, tile.chosen));
         if (o.normalize) {
           for (int64_t i = 0; i < k; ++i) {
-            for (int64_t l = 0; l < kW; ++l) {
-              tile.chosen[i][l] *= factor[l];
-              mean[l] += tile.chosen[i][l] * tile.incoming[i][l];
-            }
+            tile.chosen[i].all *= factor.all;
+            mean.all += tile.chosen[i].all * tile.incoming[i].all;
           }
         }
       }
       for (int64_t i = 0; i < k; ++i) {
-        for (int64_t l = 0; l < kW; ++l) {
-          tile.incoming[i][l] = tile.chosen[i][l] * (tile.incoming[i][l] - mean[l]);
-          if (!o.normalize && !o.sigmoid) dot[l] += tile.incoming[i][l];
-        }
+        tile.incoming[i].all = tile.chosen[i].all * (tile.incoming[i].all - mean.all);
+        if (!o.normalize && !o.sigmoid) dot.all += tile.incoming[i].all;
       }
     }
 
-    Row of_z;  // softmax: straight into the factor of P
-    for (int64_t l = 0; l < kW; ++l) of_z[l] = twice_z * scores.lse[l];
+    Row of_z, factor;  // softmax: into the factor of P
+    of_z.all = twice_z * scores.lse.all;
+    factor.all = o.sigmoid ? -dot.all : of_z.all - dot.all;
     for (int64_t j = 0; j < e; ++j) {
-      const Real c = static_cast<Real>(out.coefficient[j]);
-      for (int64_t l = 0; l < kW; ++l) {
-        tile.ranked[j][l] = tile.relative[j][l] * (c - dot[l] + (o.sigmoid ? 0 : of_z[l]));
-      }
+      tile.ranked[j].all = tile.relative[j].all * (static_cast<Real>(out.coefficient[j]) + factor.all);
     }
     if (out.grad_gate) {
       for (int64_t i = 0; i < k; ++i) {
@@ -363,25 +399,23 @@ void backward(const RouteOptions& o, const RouteRows& in, const RouteBackward& o
     if (o.sigmoid) {
       for (int64_t j = 0; j < e; ++j) {
         Row x, y;  // 1 - σ(z) = e^(-max(z, 0)) / (1 + e^(-|z|)), which keeps what 1 - σ would lose
-        for (int64_t l = 0; l < kW; ++l) {
-          x[l] = tile.z[j][l] > 0 ? -tile.z[j][l] : 0;
-          y[l] = tile.z[j][l] > 0 ? -tile.z[j][l] : tile.z[j][l];
-        }
+        const typename Row::Vector zero = {};
+        split(tile.z[j], x, y);
+        x.all = tile.z[j].all > zero ? -tile.z[j].all : zero;
         exp_lanes(x);
         exp_lanes(y);
-        for (int64_t l = 0; l < kW; ++l) {
-          tile.ranked[j][l] = tile.ranked[j][l] * x[l] / (1 + y[l]) + tile.sum[j][l] * softmax_inverse[l] * of_z[l];
-        }
+        tile.ranked[j].all =
+            tile.ranked[j].all * x.all / (1 + y.all) + tile.sum[j].all * softmax_inverse.all * of_z.all;
       }
     }
 
+    tile.turn_back(tile.ranked);
     for (int64_t l = 0; l < n; ++l) {
       T* row = static_cast<T*>(out.grad_logits) + (first + l) * out.stride;
       if constexpr (sizeof(T) == 2) {
-        for (int64_t j = 0; j < e; ++j) tile.rows[j] = tile.ranked[j][l];
-        narrow(tile.rows, e, row);
+        narrow(tile.rows + l * e, e, row);
       } else {
-        for (int64_t j = 0; j < e; ++j) row[j] = tile.ranked[j][l];
+        __builtin_memcpy(row, tile.rows + l * e, e * sizeof(T));
       }
     }
   }

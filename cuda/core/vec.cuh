@@ -84,19 +84,39 @@ __device__ void store(T* p, const Floats<N>& x) {
   }
 }
 
-// Shares the elements of a row among the threads of a block: calls f(j, count) with elements j to j + count.value,
-// where count is kVector<T> with `row + j` aligned, or 1 in the few elements before and after those.
+// N consecutive elements as they are, in one access where both sides are aligned for it.
+template <int N, class T>
+__device__ void copy(const T* from, T* to) {
+  Packed<T, N> raw;
+  if (is_aligned<T, N>(from)) {
+    raw = *reinterpret_cast<const Packed<T, N>*>(from);
+  } else {
+    for (int k = 0; k < N; ++k) raw.v[k] = from[k];
+  }
+  if (is_aligned<T, N>(to)) {
+    *reinterpret_cast<Packed<T, N>*>(to) = raw;
+  } else {
+    for (int k = 0; k < N; ++k) to[k] = raw.v[k];
+  }
+}
+
+// Shares the elements of a row among kThreads threads, of which this is number `thread`: calls f(j, count) with elements
+// j to j + count.value, where count is kVector<T> with `row + j` aligned, or 1 in the few elements before and after those.
 template <int kThreads, class T, class F>
-__device__ void for_each_vector(const T* row, int64_t size, F f) {
+__device__ void for_each_vector(const T* row, int64_t size, int thread, F f) {
   constexpr int N = kVector<T>;
   static_assert(N <= kThreads);
   const int past_boundary = static_cast<int>(reinterpret_cast<uintptr_t>(row) / sizeof(T) % N);
   const int64_t wanted = (N - past_boundary) % N, head = wanted < size ? wanted : size;
   const int64_t tail = head + (size - head) / N * N;
-  const int thread = static_cast<int>(threadIdx.x);
   if (thread < head) f(int64_t{thread}, std::integral_constant<int, 1>{});
   for (int64_t j = head + int64_t{N} * thread; j < tail; j += N * kThreads) f(j, std::integral_constant<int, N>{});
   if (tail + thread < size) f(tail + thread, std::integral_constant<int, 1>{});
+}
+// The same among the threads of a block.
+template <int kThreads, class T, class F>
+__device__ void for_each_vector(const T* row, int64_t size, F f) {
+  for_each_vector<kThreads>(row, size, static_cast<int>(threadIdx.x), f);
 }
 
 }  // namespace fastpost::cuda
