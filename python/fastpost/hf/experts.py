@@ -16,6 +16,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import activations
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
@@ -27,7 +28,10 @@ from fastpost.ops.moe_combine import moe_combine
 from fastpost.ops.moe_route import moe_plan
 
 NAME = "fastpost"
-_ACTIVATIONS = {  # modules that compute what grouped_gemm has
+_ACTIVATIONS = {  # functions and classes of modules that compute what grouped_gemm has
+    F.silu: "swiglu",
+    F.gelu: "geglu",
+    F.relu: "reglu",
     nn.SiLU: "swiglu",
     activations.SiLUActivation: "swiglu",
     activations.GELUActivation: "geglu",
@@ -35,7 +39,7 @@ _ACTIVATIONS = {  # modules that compute what grouped_gemm has
     activations.NewGELUActivation: "geglu_tanh",
     nn.ReLU: "reglu",
 }
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MARKS = ("has_gate", "has_bias", "is_transposed", "config")
 
 
@@ -92,11 +96,11 @@ def fused_activation(module: nn.Module) -> str | None:
     return activation_name(module.act_fn)
 
 
-def activation_name(act: nn.Module) -> str | None:
+def activation_name(act) -> str | None:
     """What grouped_gemm calls act(first half) · second half, or None where it has no name for it."""
     if type(act) is nn.GELU:
         return "geglu" if act.approximate == "none" else "geglu_tanh"
-    return _ACTIVATIONS.get(type(act))
+    return _ACTIVATIONS.get(type(act) if isinstance(act, nn.Module) else act)
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -150,7 +154,7 @@ def use_experts(model: nn.Module, *, quiet: bool = False) -> Experts:
 
     Where the class has transformers' experts interface the model's config is told; model.set_experts_implementation
     takes it back. JetMoE's two mixtures get the classes of hf/jetmoe.py on the instance. No class of a library is
-    changed, no parameter moves. Left as they are: experts in eight bits or float64, JetMoE's with an unusual activation
+    changed, no parameter moves. Left as they are: experts in eight bits, JetMoE's with an unusual activation
     or with a forward that a device map has replaced. quiet: nothing is printed.
     """
     register()

@@ -14,7 +14,7 @@ def moe_combine(y, plan, gate=None, *, reduce=True):
     """Same signature and meaning as :func:`fastpost.moe_combine`."""
     wide = torch.float64 if y.dtype == torch.float64 else torch.float32
     place = plan.place.long()
-    slots = y.to(wide).index_select(0, place.clamp(min=0).flatten()).view(*place.shape, -1)
+    slots = y.to(wide).index_select(0, place.clamp(min=0).flatten()).view(*place.shape, y.shape[-1])
     slots = torch.where((place >= 0)[..., None], slots, 0)
     if gate is not None:
         slots = slots * gate.to(wide)[..., None]

@@ -13,7 +13,7 @@ from fastpost.reference.moe_route import Plan, moe_plan
 def moe_dispatch(x, plan):
     """Same signature and meaning as :func:`fastpost.moe_dispatch`."""
     t, k = plan.place.shape
-    slots = x.reshape(t * k, -1) if x.ndim == 3 else x.repeat_interleave(k, 0)
+    slots = x.reshape(t * k, x.shape[-1]) if x.ndim == 3 else x.repeat_interleave(k, 0)
     rows = slots.index_select(0, plan.order.long())
     present = torch.arange(t * k, device=x.device) < plan.offset[-1]
     return torch.where(present[:, None], rows, 0)
