@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """transformers' mixtures of experts computed by fastpost: the same numbers, gradients, tokens and files."""
 
+import mixtures
 import peft
 import pytest
 import torch
@@ -10,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import fastpost.hf
-import mixtures
 import tiny
 from fastpost.hf import experts, folder
 

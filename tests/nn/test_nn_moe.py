@@ -99,7 +99,9 @@ def attend(queries):
     """Something that mixes tokens and is no function of the expert: attention of 24 columns as 3 heads on itself."""
     b, s, k, d = queries.shape
     heads = queries.reshape(b, s, k * 3, d // 3).transpose(1, 2)
-    keys = torch.linspace(-1, 1, b * s * d, dtype=queries.dtype).view(b, s, 3, d // 3).transpose(1, 2).repeat(1, k, 1, 1)
+    keys = (
+        torch.linspace(-1, 1, b * s * d, dtype=queries.dtype).view(b, s, 3, d // 3).transpose(1, 2).repeat(1, k, 1, 1)
+    )
     return F.scaled_dot_product_attention(heads, keys, keys, is_causal=True).transpose(1, 2).reshape(queries.shape)
 
 

@@ -60,7 +60,7 @@ class MoA(theirs.JetMoeMoA):
         rows = layer_input.reshape(-1, layer_input.shape[-1]).contiguous()
         values, output = autocast(rows, self.output_linear(rows))
         out = reduce_heads(values, output, plan, gate).to(layer_input.dtype)
-        return out.view(*layer_input.shape[:2], -1) + self.bias
+        return out.view(*layer_input.shape[:2], self.input_size) + self.bias
 
 
 _OURS = {
