@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import transformers as tf
+from safetensors.torch import load_file
 
 from compare import error
 
@@ -87,3 +90,8 @@ def expect_as_exact(ours: dict, eager: dict, truth: dict, dtype: torch.dtype) ->
         a, b, c = (t.reshape(-1, t.shape[-1]) if t.ndim else t.view(1, 1) for t in (ours[name], eager[name], exact))
         bound = factor * measure(b, c) + (2e-6 if dtype == torch.float32 else 4e-3)
         assert measure(a, c) <= bound, (name, measure(a, c), measure(b, c))
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Those of a model folder, in the order of its files."""
+    return {key: tensor for file in sorted(path.glob("*.safetensors")) for key, tensor in load_file(file).items()}

@@ -6,7 +6,6 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -132,20 +131,12 @@ def test_inside_a_model_of_several():
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
 
-def keys(path):
-    found = {}
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            found |= {k: tensors.get_tensor(k) for k in tensors.keys()}
-    return found
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_folders_are_the_same(kind, tmp_path):
     mixtures.build(kind).save_pretrained(tmp_path / "eager")
     model = taken(kind)
     model.save_pretrained(tmp_path / "ours")
-    before, after = keys(tmp_path / "eager"), keys(tmp_path / "ours")
+    before, after = mixtures.tensors(tmp_path / "eager"), mixtures.tensors(tmp_path / "ours")
     assert list(before) == list(after) and all(torch.equal(before[k], after[k]) for k in before)
     assert (tmp_path / "eager/config.json").read_text() == (tmp_path / "ours/config.json").read_text()
     again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", experts_implementation=experts.NAME).eval()
@@ -158,7 +149,7 @@ def test_fastposts_loader_uses_it(tmp_path):
     model = folder.load_model(path)
     assert model.get_experts_implementation()[""] == experts.NAME
     folder.save_folder(model, path, tmp_path / "out")
-    before, after = keys(path), keys(tmp_path / "out")
+    before, after = mixtures.tensors(path), mixtures.tensors(tmp_path / "out")
     assert list(before) == list(after) and all(torch.equal(before[k], after[k]) for k in before)
 
 
