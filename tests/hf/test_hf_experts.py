@@ -196,7 +196,7 @@ def test_experts_on_other_ranks():
     total = 0
     mixture.num_experts, mixture._is_expert_parallel = 2, True
     for first in (0, 2):
-        mixture.gate_up_proj.data, mixture.down_proj.data = up[first : first + 2], down[first : first + 2]
+        mixture.gate_up_proj, mixture.down_proj = (torch.nn.Parameter(w[first : first + 2]) for w in (up, down))
         here = (index >= first) & (index < first + 2)
         weights = gate.where(here, 0.0).requires_grad_()
         out = mixture(hidden, torch.where(here, index - first, 2 + first), weights)
@@ -260,8 +260,7 @@ def test_adapters_on_parameters(kind):
         out.loss.backward()
         found.append([out.logits, *(p.grad for p in model.parameters() if p.requires_grad)])
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-        assert b.abs().max() > 0
+        assert mixtures.distance(a, b) < 3e-5 and b.abs().max() > 0
     with ours.disable_adapter():
         base = ours(mixtures.IDS).logits
     torch.testing.assert_close(base, taken(kind)(mixtures.IDS).logits)

@@ -247,8 +247,7 @@ def test_adapters(where, when):
     assert list(trained) == [n for n, p in ours.named_parameters() if p.requires_grad]
     assert any("lora_" in n and ("mlp" in n or "router" in n) for n in trained) or where == "trained whole"
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-        assert b.abs().max() > 0
+        assert mixtures.distance(a, b) < 3e-5 and b.abs().max() > 0
     merged = ours.merge_and_unload()
     assert type(merged.model.layers[0].mlp) is jetmoe.MoE
     torch.testing.assert_close(merged(mixtures.IDS).logits, found[0][0], rtol=1e-4, atol=1e-5)
