@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as hf_logging
 
 from fastpost.hf import attention
+from fastpost.hf.experts import use_experts
 from fastpost.hf.model import verify
 from fastpost.train.progress import waiting
 
@@ -95,6 +96,7 @@ def load_model(
     path: str | Path, dtype: torch.dtype = torch.float32, attention_name: str = "packed", *, check: bool = True
 ):
     """A causal LM in eval mode on the CPU, weights in `dtype`; those of a four-bit folder as they are (int4_folder.py).
+    Mixtures of experts that hf/experts.py knows are computed by fastpost.
 
     Raises ValueError when the folder holds pickles instead of safetensors (nothing is unpickled), when a weight is
     missing or has another shape (transformers would draw it at random), or when the model's forward is not backbone +
@@ -137,6 +139,7 @@ def load_model(
                 f"{path}: {what.replace('_', ' ')}: {', '.join(keys[:3])}{more}. Weights and config.json do not fit."
             )
     model.eval()
+    use_experts(model, quiet=True)
     if check:
         verify(model)
     return model

@@ -5,8 +5,12 @@ from fastpost import lazy
 
 _HOME = {  # public name -> module that defines it
     "Int4Linear": "fastpost.nn.int4_linear",
+    "MoA": "fastpost.nn.moa",
+    "MoE": "fastpost.nn.moe",
+    "Router": "fastpost.nn.moe",
     "ShiftedInt4Linear": "fastpost.nn.int4_shifted",
     "quantize_linears": "fastpost.nn.int4_linear",
+    "router_loss": "fastpost.nn.moe",
 }
 
 __all__ = [*_HOME]
