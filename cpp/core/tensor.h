@@ -35,6 +35,7 @@ struct Tensor {
     return n;
   }
   bool contiguous() const {
+    if (numel() == 0) return true;  // whatever its strides say
     int64_t expected = 1;
     for (int i = ndim - 1; i >= 0; --i) {
       if (shape[i] != 1 && stride(i) != expected) return false;

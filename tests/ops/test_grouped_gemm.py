@@ -132,10 +132,11 @@ def test_every_way_of_cutting(rows, dtype, device):
     k, n = 1100, 140
     x, weight = draw(rows + 3, k, device=device, dtype=dtype), draw(2, n, k, seed=1, device=device, dtype=dtype)
     offset = torch.tensor([0, rows, rows + 3], dtype=torch.int32, device=device)
+    options = {"bias": draw(2, n, seed=2, device=device, dtype=dtype)}
     for w in (weight, weight.mT.contiguous().mT):
         inputs = x, w, offset
-        ours, plain = (run(f, inputs, {}, torch.clone) for f in (fastpost.grouped_gemm, eager))
-        expect_as_good(ours, run(reference.grouped_gemm, inputs, {}, torch.Tensor.double), plain)
+        ours, plain = (run(f, inputs, options, torch.clone) for f in (fastpost.grouped_gemm, eager))
+        expect_as_good(ours, run(reference.grouped_gemm, inputs, options, torch.Tensor.double), plain)
 
 
 def test_a_row_does_not_depend_on_the_others(device):
