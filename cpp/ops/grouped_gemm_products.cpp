@@ -170,7 +170,7 @@ class ForwardRun {
   }
 
   void few(int64_t e, int64_t begin, int64_t count) {
-    constexpr int64_t kStep = 48;
+    constexpr int64_t kStep = 96;
     const uint32_t* words = space_.few + place(e).second * s_.few_row;
     for (int64_t j = begin; j < begin + count; j += kStep) {
       const int64_t n = std::min(kStep, begin + count - j);

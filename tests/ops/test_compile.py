@@ -7,6 +7,7 @@ import torch._dynamo.testing
 from torch._dynamo.utils import counters
 
 import fastpost
+from fastpost.ops._experts import experts
 from fastpost.reference import linear_logprob as reference
 
 D, V, RANK = 8, 60, 3
@@ -81,3 +82,38 @@ def test_inductor(device):
     got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(hidden, weight), (hidden, weight))
     for ours, eager in zip(got, expected):
         torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize("dynamic", ["dynamic=True", "mark_dynamic"])
+def test_mixture_with_any_number_of_tokens(dynamic, device):
+    """Router, its losses, and experts with every gradient."""
+    up, down = torch.randn(4, 12, D, device=device), torch.randn(4, D, 6, device=device)
+
+    def loss(_, x, up, down, logits):
+        routing = fastpost.moe_route(logits, 2)
+        out = experts(x.tanh(), routing.plan, routing.gate, up, down)
+        return out.square().sum() + routing.load_balance + routing.z
+
+    calls = []
+    for n in (9, 33, 17, 200):
+        x, logits = torch.randn(n, D, device=device), torch.randn(n, 4, device=device)
+        calls.append(([torch.zeros(n, device=device)], [t.requires_grad_() for t in (x, up, down, logits)]))
+    expect_one_graph(loss, calls, dynamic)
+
+
+def test_grouped_gemm_with_any_number_of_tokens(device):
+    weight = torch.randn(4, 6, D, device=device)
+
+    def loss(expert, x, weight):
+        plan = fastpost.moe_plan(expert, 4)
+        rows = fastpost.grouped_gemm(fastpost.moe_dispatch(x.tanh(), plan), weight, plan.offset)
+        return fastpost.moe_combine(rows, plan, reduce=False).square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (9, 33, 17):
+        expert = torch.randint(0, 4, (n, 2), device=device)
+        leaves = [t.requires_grad_() for t in (torch.randn(n, D, device=device), weight)]
+        expected = torch.autograd.grad(loss(expert, *leaves), leaves)
+        for ours, eager in zip(torch.autograd.grad(compiled(expert, *leaves), leaves), expected):
+            torch.testing.assert_close(ours, eager)
