@@ -7,6 +7,7 @@ import torch
 import fastpost
 from compare import FLOATS, error, overall
 from drawn import draw
+from fastpost.ops import _expert_loop
 from fastpost.ops._experts import experts
 from fastpost.reference import grouped_gemm, moe_combine, moe_dispatch
 
@@ -142,6 +143,20 @@ def test_no_gradient_gives_the_same_bits(dtype, device):
     with torch.no_grad():
         quiet = experts(x, plan, gate, up, down)
     assert torch.equal(quiet, experts(x.requires_grad_(), plan, gate, up, down).detach())
+
+
+@pytest.mark.parametrize("case", ROUTINGS, ids=lambda c: c.name)
+def test_products_by_torch(case, device, monkeypatch):
+    """What CPUs with matrix units take, on any CPU."""
+    if device != "cpu":
+        pytest.skip("a way of the CPU")
+    plan, leaves = inputs(case, torch.float32, device)
+    ours = run(experts, plan, leaves)
+    used = []
+    monkeypatch.setattr(_expert_loop, "preferred", lambda weight, rows: used.append(rows) or True)
+    for a, b in zip(run(experts, plan, leaves), ours, strict=True):
+        assert overall(a, b) < 1e-6
+    assert len(used) >= 6  # without tokens the pre-activation looks like one that was not kept
 
 
 def test_an_activation_that_is_not_gated_is_refused():

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from fastpost import _core
+from fastpost.ops import _expert_loop
 from fastpost.ops._register import USE_REFERENCE, expect_plain, may_skip_dispatcher, register
 from fastpost.ops.grouped_gemm import activation_code, grouped_gemm, product, rows_of, weight_gradient, workspace
 from fastpost.ops.moe_combine import moe_combine
@@ -86,9 +87,14 @@ def _backward(grad, x, gate, offset, order, place, up, down, pre, code, wanted):
     grad_pre = torch.empty_like(pre)
     activated = pre.new_empty(pre.shape[0], pre.shape[1] // 2) if want_down else None
     grad_gate = torch.empty_like(gate)
-    turned, space = down.mT, workspace(down.mT, order.shape[0])
-    _core.grouped_gemm_activation_backward(grad, order, top_k, turned, offset, pre, code, gate.view(-1), space,
-                                           grad_pre, activated, grad_gate.view(-1))  # fmt: skip
+    turned, flat = down.mT, (gate.view(-1), grad_gate.view(-1))
+    if _expert_loop.preferred(down, order.shape[0]):
+        _expert_loop.activation_backward(grad, order, top_k, turned, offset, pre, code, flat[0], grad_pre, activated,
+                                         flat[1])  # fmt: skip
+    else:
+        space = workspace(turned, order.shape[0])
+        _core.grouped_gemm_activation_backward(grad, order, top_k, turned, offset, pre, code, flat[0], space, grad_pre,
+                                               activated, flat[1])  # fmt: skip
     grad_down = grad_up = grad_x = none
     if want_down:
         grad_down = weight_gradient(grad, activated, offset, down, grad_order=order, grad_top_k=top_k)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from fastpost import _core
+from fastpost.ops import _expert_loop
 from fastpost.ops._register import USE_REFERENCE, expect_plain, may_skip_dispatcher, register
 from fastpost.reference import grouped_gemm as reference
 
@@ -64,6 +65,8 @@ def workspace(weight: torch.Tensor, rows: int) -> torch.Tensor:
 def product(x, weight, offset, order=None, top_k=1, bias=None, code=0, pre=None, space=None):
     """[R, N] or, with an activation, [R, N / 2]. pre: [R, N] to fill, if it is to be kept."""
     rows, n = (x if order is None else order).shape[0], weight.shape[1]
+    if _expert_loop.preferred(weight, rows):
+        return _expert_loop.product(x, weight, offset, order, top_k, bias, code, pre)
     if code and pre is None and weight.stride(2) != 1:
         pre = x.new_empty(rows, n)  # the activation follows the product
     out = x.new_empty(rows, n // 2 if code else n)
@@ -84,6 +87,10 @@ def weight_gradient(grad, x, offset, like, *, grad_order=None, grad_top_k=1, ord
                                                workspace(out, rows), grad.new_empty(e, n, 0), grad_bias)  # fmt: skip
         return out.mT
     out = grad.new_empty(e, n, k)
+    if grad_bias is None and _expert_loop.preferred(like, rows):
+        grad = _expert_loop.gathered(grad, grad_order, grad_top_k)
+        _expert_loop.weight_gradient(grad, _expert_loop.gathered(x, order, top_k), offset, out)
+        return out
     _core.grouped_gemm_weight_gradient(grad, grad_order, grad_top_k, x, order, top_k, offset, workspace(out, rows), out,
                                        grad_bias)  # fmt: skip
     return out
