@@ -86,8 +86,9 @@ struct Routing {
 };
 
 template <class T, int G, int N>
-__global__ void __launch_bounds__(kThreads) route_kernel(const T* logits, Routing in, int64_t* expert, float* gate,
-                                                         int32_t* count, float* probability, float* z) {
+// At least one block: without saying so, ptxas would rather spill than have fewer of them.
+__global__ void __launch_bounds__(kThreads, 1) route_kernel(const T* logits, Routing in, int64_t* expert, float* gate,
+                                                            int32_t* count, float* probability, float* z) {
   FP_DYNAMIC_SHARED(float, sums);  // [groups, G·N], then ids
   constexpr int kGroups = kThreads / G;
   uint16_t* ids = reinterpret_cast<uint16_t*>(sums + kGroups * G * N);
@@ -96,7 +97,10 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const T* logits, Routin
   const int64_t left = in.tokens - first;
   const int tokens = left < in.per_block ? static_cast<int>(left) : in.per_block;
   const bool sigmoid = in.scoring.sigmoid;
-  float sum[N] = {}, z_sum = 0.0f;
+  float* sum = sums + group * N * G + lane;  // its own places: of a lane's experts, over the group's tokens
+  float z_sum = 0.0f;
+  FP_UNROLL
+  for (int n = 0; n < N; ++n) sum[n * G] = 0.0f;
   for (int base = 0; base < tokens; base += kGroups) {
     const int i = base + group;
     const bool present = i < tokens;  // the others go along for the shuffles
@@ -104,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const T* logits, Routin
     const TokenScores<G, N> scores(row, in.experts, lane, sigmoid);
     if (present) {
       FP_UNROLL
-      for (int n = 0; n < N; ++n) sum[n] += scores.relative_score[n] * scores.inverse_sum;
+      for (int n = 0; n < N; ++n) sum[n * G] += scores.relative_score[n] * scores.inverse_sum;
       z_sum += lane == 0 ? scores.lse * scores.lse : 0.0f;
     }
 
@@ -146,8 +150,6 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const T* logits, Routin
     }
   }
 
-  FP_UNROLL
-  for (int n = 0; n < N; ++n) sums[(group * N + n) * G + lane] = sum[n];
   z_sum =
       block_reduce<kThreads>(z_sum, [](float a, float b) { return a + b; });  // its barriers serve sums and ids, too
   if (threadIdx.x == 0) z[blockIdx.x] = z_sum;
@@ -270,14 +272,12 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(int64_t tokens, int6
     balance = mine / (all * static_cast<double>(top_k)) * (sum / all);
   }
   for (int64_t b = thread; b < blocks; b += kScanThreads) z += means.z[b];
-  struct Pair {
-    double balance, z;
-  };
-  const Pair sums = block_reduce<kScanThreads>(
-      Pair{balance, z}, [](const Pair& a, const Pair& b) { return Pair{a.balance + b.balance, a.z + b.z}; });
+  const auto add = [](double a, double b) { return a + b; };
+  balance = block_reduce<kScanThreads>(balance, add);
+  z = block_reduce<kScanThreads>(z, add);
   if (thread == 0) {
-    means.losses[0] = static_cast<float>(experts * sums.balance);
-    means.losses[1] = static_cast<float>(sums.z / all);
+    means.losses[0] = static_cast<float>(experts * balance);
+    means.losses[1] = static_cast<float>(z / all);
   }
 }
 
