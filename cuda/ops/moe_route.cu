@@ -316,22 +316,15 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t t = first + (present ? i : 0);
     const T* row = logits + t * in.stride;
     TokenScores<G, N> scores(row, in.experts, lane, sigmoid);
-    float dot = 0.0f;
-    FP_UNROLL
-    for (int n = 0; n < N; ++n) {
-      scores.relative_score[n] *= scores.inverse_sum;  // probabilities from here on
-      dot += scores.relative_score[n] * coefficient[n];
-    }
-    dot = group_sum<G>(dot);
-
-    float direct[N] = {};  // what gates send to their own expert's log score
+    float direct[N] = {};  // what gates send to their own expert: to its probability, or otherwise to its log score
+    const bool to_probability = !sigmoid && !normalize;
     if (grad.gate) {
       const auto id_of = [&](int c) {
         const int64_t id = expert[t * k + c];
         return id >= 0 && id < in.experts ? static_cast<int>(id) : 0;
       };
       const auto incoming = [&](int c) { return in.scoring.scale * grad.gate[t * k + c]; };
-      float shift = sigmoid ? 0.0f : scores.max, over = sigmoid ? 1.0f : scores.softmax_inverse, mean = 0.0f;
+      float shift = 0.0f, over = 1.0f, mean = 0.0f;
       if (normalize) {
         float max = -INFINITY, total = 0.0f;
         for (int c = lane; c < k; c += G) max = fmaxf(max, to_float(row[id_of(c)]));
@@ -346,26 +339,34 @@ __global__ void __launch_bounds__(kThreads)
       }
       for (int c = 0; c < k; ++c) {
         const int id = id_of(c);
-        const float sent = relative(sigmoid, to_float(row[id]), shift) * over * (incoming(c) - mean);
-        if (!normalize && !sigmoid) dot += sent;
+        float sent = incoming(c);
+        if (!to_probability) sent = relative(sigmoid, to_float(row[id]), shift) * over * (sent - mean);
         FP_UNROLL
         for (int n = 0; n < N; ++n) direct[n] += n * G + lane == id ? sent : 0.0f;
       }
     }
+    float dot = 0.0f;
+    FP_UNROLL
+    for (int n = 0; n < N; ++n) {
+      scores.relative_score[n] *= scores.inverse_sum;  // a probability now
+      dot += scores.relative_score[n] * (coefficient[n] + (to_probability ? direct[n] : 0.0f));
+    }
+    dot = group_sum<G>(dot);
     if (!present) continue;
     const float of_z = twice_z * scores.lse;
     FP_UNROLL
     for (int n = 0; n < N; ++n) {
       const int j = n * G + lane;
       if (j >= in.experts) continue;
-      const float through = coefficient[n] - dot;
+      // Before the dot product is taken off, so that where a probability is 1 exactly nothing is left.
+      const float through = coefficient[n] + (to_probability ? direct[n] : 0.0f) - dot;
       float d;
       if (sigmoid) {  // 1 - σ(z) without what 1 - σ would lose
         const float x = scores.z[n], rest = expf(-fmaxf(x, 0.0f)) / (1.0f + expf(-fabsf(x)));
         d = (scores.relative_score[n] * through + direct[n]) * rest +
             expf(x - scores.max) * scores.softmax_inverse * of_z;
       } else {
-        d = scores.relative_score[n] * (through + of_z) + direct[n];
+        d = scores.relative_score[n] * (through + of_z) + (to_probability ? 0.0f : direct[n]);
       }
       out[t * out_stride + j] = from_float<T>(d);
     }
