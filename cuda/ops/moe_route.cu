@@ -286,7 +286,7 @@ struct Gradients {  // any may be null
 };
 
 template <class T, int G, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     backward_kernel(const T* logits, Routing in, const int64_t* expert, const int32_t* offset, Gradients grad, T* out,
                     int64_t out_stride) {
   constexpr int kGroups = kThreads / G;
