@@ -350,52 +350,53 @@ void backward(const RouteOptions& o, const RouteRows& in, const RouteBackward& o
     tile.template load<T>(o, in, first, n);
     Row softmax_inverse;
     const Scores<Real> scores(tile, o.sigmoid, o.sigmoid ? tile.sum : tile.relative, softmax_inverse);
-    Row dot = {};
     for (int64_t j = 0; j < e; ++j) {
-      const Real c = static_cast<Real>(out.coefficient[j]);
       tile.relative[j].all *= scores.inverse_sum.all;  // probabilities from here on
-      dot.all += tile.relative[j].all * c;
+      tile.ranked[j].all = (Row{}).all + static_cast<Real>(out.coefficient[j]);
     }
 
-    // Row i of tile.incoming: what the gate of slot i sends to its own expert's w.
+    // What the gate of slot i sends to its own expert's w, in tile.incoming[i]. Softmax without normalisation: what it
+    // sends to the probability, before Σ P·c is taken off, so that where P is 1 exactly nothing is left.
+    const bool to_probability = !o.normalize && !o.sigmoid;
     const auto of_slot = [&](int64_t l, int64_t i) { return out.expert[(first + (l < n ? l : 0)) * k + i]; };
-    if (out.grad_gate) {
-      const Real* grad = static_cast<const Real*>(out.grad_gate) + first * k;
-      for (int64_t i = 0; i < k; ++i) {
-        const Row* of = o.normalize || o.sigmoid ? tile.z : tile.relative;
-        for (int64_t l = 0; l < kW; ++l) {
-          tile.incoming[i][l] = scale * (l < n ? grad[l * k + i] : 0);
-          tile.chosen[i][l] = of[of_slot(l, i)][l];
-        }
-      }
-      Row mean = {};
-      if (o.normalize || o.sigmoid) {
-        const Row shift = o.normalize ? shift_of(o.sigmoid, maximum(tile.chosen, k)) : Row{};
-        const Row factor = inverse(relative_scores(tile.chosen, k, o.sigmoid, shift, tile.chosen));
-        if (o.normalize) {
-          for (int64_t i = 0; i < k; ++i) {
-            tile.chosen[i].all *= factor.all;
-            mean.all += tile.chosen[i].all * tile.incoming[i].all;
-          }
-        }
-      }
-      for (int64_t i = 0; i < k; ++i) {
-        tile.incoming[i].all = tile.chosen[i].all * (tile.incoming[i].all - mean.all);
-        if (!o.normalize && !o.sigmoid) dot.all += tile.incoming[i].all;
-      }
-    }
-
-    Row of_z, factor;  // softmax: into the factor of P
-    of_z.all = twice_z * scores.lse.all;
-    factor.all = o.sigmoid ? -dot.all : of_z.all - dot.all;
-    for (int64_t j = 0; j < e; ++j) {
-      tile.ranked[j].all = tile.relative[j].all * (static_cast<Real>(out.coefficient[j]) + factor.all);
-    }
-    if (out.grad_gate) {
+    const auto scatter = [&] {
       for (int64_t i = 0; i < k; ++i) {
         for (int64_t l = 0; l < n; ++l) tile.ranked[of_slot(l, i)][l] += tile.incoming[i][l];
       }
+    };
+    if (out.grad_gate) {
+      const Real* grad = static_cast<const Real*>(out.grad_gate) + first * k;
+      for (int64_t i = 0; i < k; ++i) {
+        for (int64_t l = 0; l < kW; ++l) {
+          tile.incoming[i][l] = scale * (l < n ? grad[l * k + i] : 0);
+          tile.chosen[i][l] = tile.z[of_slot(l, i)][l];
+        }
+      }
+      if (to_probability) {
+        scatter();
+      } else {
+        const Row shift = o.normalize ? shift_of(o.sigmoid, maximum(tile.chosen, k)) : Row{};
+        Row factor = inverse(relative_scores(tile.chosen, k, o.sigmoid, shift, tile.chosen)), mean = {};
+        if (!o.normalize) factor.all = mean.all + 1;
+        for (int64_t i = 0; i < k; ++i) {
+          tile.chosen[i].all *= factor.all;
+          mean.all += tile.chosen[i].all * tile.incoming[i].all;
+        }
+        if (!o.normalize) mean = Row{};
+        for (int64_t i = 0; i < k; ++i) {
+          tile.incoming[i].all = tile.chosen[i].all * (tile.incoming[i].all - mean.all);
+        }
+      }
     }
+
+    Row dot = {}, of_z;
+    of_z.all = twice_z * scores.lse.all;
+    for (int64_t j = 0; j < e; ++j) dot.all += tile.relative[j].all * tile.ranked[j].all;
+    for (int64_t j = 0; j < e; ++j) {
+      const auto through = tile.ranked[j].all - dot.all;
+      tile.ranked[j].all = tile.relative[j].all * (o.sigmoid ? through : through + of_z.all);
+    }
+    if (out.grad_gate && !to_probability) scatter();
     if (o.sigmoid) {
       for (int64_t j = 0; j < e; ++j) {
         Row x, y;  // 1 - σ(z) = e^(-max(z, 0)) / (1 + e^(-|z|)), which keeps what 1 - σ would lose

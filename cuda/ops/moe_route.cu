@@ -86,8 +86,9 @@ struct Routing {
 };
 
 template <class T, int G, int N>
-__global__ void __launch_bounds__(kThreads) route_kernel(const T* logits, Routing in, int64_t* expert, float* gate,
-                                                         int32_t* count, float* probability, float* z) {
+// At least one block: without saying so, ptxas would rather spill than have fewer of them.
+__global__ void __launch_bounds__(kThreads, 1) route_kernel(const T* logits, Routing in, int64_t* expert, float* gate,
+                                                            int32_t* count, float* probability, float* z) {
   FP_DYNAMIC_SHARED(float, sums);  // [groups, G·N], then ids
   constexpr int kGroups = kThreads / G;
   uint16_t* ids = reinterpret_cast<uint16_t*>(sums + kGroups * G * N);
@@ -96,7 +97,10 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const T* logits, Routin
   const int64_t left = in.tokens - first;
   const int tokens = left < in.per_block ? static_cast<int>(left) : in.per_block;
   const bool sigmoid = in.scoring.sigmoid;
-  float sum[N] = {}, z_sum = 0.0f;
+  float* sum = sums + group * N * G + lane;  // its own places: of a lane's experts, over the group's tokens
+  float z_sum = 0.0f;
+  FP_UNROLL
+  for (int n = 0; n < N; ++n) sum[n * G] = 0.0f;
   for (int base = 0; base < tokens; base += kGroups) {
     const int i = base + group;
     const bool present = i < tokens;  // the others go along for the shuffles
@@ -104,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const T* logits, Routin
     const TokenScores<G, N> scores(row, in.experts, lane, sigmoid);
     if (present) {
       FP_UNROLL
-      for (int n = 0; n < N; ++n) sum[n] += scores.relative_score[n] * scores.inverse_sum;
+      for (int n = 0; n < N; ++n) sum[n * G] += scores.relative_score[n] * scores.inverse_sum;
       z_sum += lane == 0 ? scores.lse * scores.lse : 0.0f;
     }
 
@@ -146,8 +150,6 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const T* logits, Routin
     }
   }
 
-  FP_UNROLL
-  for (int n = 0; n < N; ++n) sums[(group * N + n) * G + lane] = sum[n];
   z_sum =
       block_reduce<kThreads>(z_sum, [](float a, float b) { return a + b; });  // its barriers serve sums and ids, too
   if (threadIdx.x == 0) z[blockIdx.x] = z_sum;
@@ -270,14 +272,12 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(int64_t tokens, int6
     balance = mine / (all * static_cast<double>(top_k)) * (sum / all);
   }
   for (int64_t b = thread; b < blocks; b += kScanThreads) z += means.z[b];
-  struct Pair {
-    double balance, z;
-  };
-  const Pair sums = block_reduce<kScanThreads>(
-      Pair{balance, z}, [](const Pair& a, const Pair& b) { return Pair{a.balance + b.balance, a.z + b.z}; });
+  const auto add = [](double a, double b) { return a + b; };
+  balance = block_reduce<kScanThreads>(balance, add);
+  z = block_reduce<kScanThreads>(z, add);
   if (thread == 0) {
-    means.losses[0] = static_cast<float>(experts * sums.balance);
-    means.losses[1] = static_cast<float>(sums.z / all);
+    means.losses[0] = static_cast<float>(experts * balance);
+    means.losses[1] = static_cast<float>(z / all);
   }
 }
 
@@ -286,7 +286,7 @@ struct Gradients {  // any may be null
 };
 
 template <class T, int G, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     backward_kernel(const T* logits, Routing in, const int64_t* expert, const int32_t* offset, Gradients grad, T* out,
                     int64_t out_stride) {
   constexpr int kGroups = kThreads / G;
@@ -316,22 +316,15 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t t = first + (present ? i : 0);
     const T* row = logits + t * in.stride;
     TokenScores<G, N> scores(row, in.experts, lane, sigmoid);
-    float dot = 0.0f;
-    FP_UNROLL
-    for (int n = 0; n < N; ++n) {
-      scores.relative_score[n] *= scores.inverse_sum;  // probabilities from here on
-      dot += scores.relative_score[n] * coefficient[n];
-    }
-    dot = group_sum<G>(dot);
-
-    float direct[N] = {};  // what gates send to their own expert's log score
+    float direct[N] = {};  // what gates send to their own expert: to its probability, or otherwise to its log score
+    const bool to_probability = !sigmoid && !normalize;
     if (grad.gate) {
       const auto id_of = [&](int c) {
         const int64_t id = expert[t * k + c];
         return id >= 0 && id < in.experts ? static_cast<int>(id) : 0;
       };
       const auto incoming = [&](int c) { return in.scoring.scale * grad.gate[t * k + c]; };
-      float shift = sigmoid ? 0.0f : scores.max, over = sigmoid ? 1.0f : scores.softmax_inverse, mean = 0.0f;
+      float shift = 0.0f, over = 1.0f, mean = 0.0f;
       if (normalize) {
         float max = -INFINITY, total = 0.0f;
         for (int c = lane; c < k; c += G) max = fmaxf(max, to_float(row[id_of(c)]));
@@ -346,26 +339,34 @@ __global__ void __launch_bounds__(kThreads)
       }
       for (int c = 0; c < k; ++c) {
         const int id = id_of(c);
-        const float sent = relative(sigmoid, to_float(row[id]), shift) * over * (incoming(c) - mean);
-        if (!normalize && !sigmoid) dot += sent;
+        float sent = incoming(c);
+        if (!to_probability) sent = relative(sigmoid, to_float(row[id]), shift) * over * (sent - mean);
         FP_UNROLL
         for (int n = 0; n < N; ++n) direct[n] += n * G + lane == id ? sent : 0.0f;
       }
     }
+    float dot = 0.0f;
+    FP_UNROLL
+    for (int n = 0; n < N; ++n) {
+      scores.relative_score[n] *= scores.inverse_sum;  // a probability now
+      dot += scores.relative_score[n] * (coefficient[n] + (to_probability ? direct[n] : 0.0f));
+    }
+    dot = group_sum<G>(dot);
     if (!present) continue;
     const float of_z = twice_z * scores.lse;
     FP_UNROLL
     for (int n = 0; n < N; ++n) {
       const int j = n * G + lane;
       if (j >= in.experts) continue;
-      const float through = coefficient[n] - dot;
+      // Before the dot product is taken off, so that where a probability is 1 exactly nothing is left.
+      const float through = coefficient[n] + (to_probability ? direct[n] : 0.0f) - dot;
       float d;
       if (sigmoid) {  // 1 - σ(z) without what 1 - σ would lose
         const float x = scores.z[n], rest = expf(-fmaxf(x, 0.0f)) / (1.0f + expf(-fabsf(x)));
         d = (scores.relative_score[n] * through + direct[n]) * rest +
             expf(x - scores.max) * scores.softmax_inverse * of_z;
       } else {
-        d = scores.relative_score[n] * (through + of_z) + direct[n];
+        d = scores.relative_score[n] * (through + of_z) + (to_probability ? 0.0f : direct[n]);
       }
       out[t * out_stride + j] = from_float<T>(d);
     }

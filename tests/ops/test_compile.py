@@ -33,8 +33,19 @@ def packed_loss(target, cu_seqlens, hidden, weight, bias, a, b):
     return out.loss + out.logprob.mean()
 
 
-def expect_one_graph(loss, calls, dynamic):
-    """Gradients equal those of eager for every call, and only the first call compiles."""
+def expert_loss(logits, x, w):
+    """A layer of experts that are one row each, its losses included."""
+    out = fastpost.moe_route(2 * logits, 2)
+    rows = fastpost.moe_dispatch(x.tanh(), out.plan)
+    slots = fastpost.moe_dispatch(x[:, None] * out.gate[..., None], fastpost.moe_plan(out.expert, 5))
+    y = fastpost.moe_combine(rows * w, out.plan, out.gate) + fastpost.moe_combine(slots, out.plan)
+    terms = fastpost.moe_combine(rows.square(), out.plan, reduce=False)
+    return y.square().sum() + terms.sum() + out.load_balance + out.z + out.probability.square().sum()
+
+
+def expect_one_graph(loss, calls, dynamic, rows=(0, 3)):
+    """Gradients equal those of eager for every call, and only the first call compiles.
+    `rows`: the leaves that have any number of them."""
     torch._dynamo.reset()
     counters.clear()
     frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -43,7 +54,7 @@ def expect_one_graph(loss, calls, dynamic):
     for plain, leaves in calls:
         expected = torch.autograd.grad(loss(*plain, *leaves), leaves)
         if dynamic == "mark_dynamic":
-            for t in (*plain, leaves[0], leaves[3]):
+            for t in (*plain, *(leaves[i] for i in rows)):
                 torch._dynamo.mark_dynamic(t, 0)
         for ours, eager in zip(torch.autograd.grad(compiled(*plain, *leaves), leaves), expected):
             torch.testing.assert_close(ours, eager)
@@ -67,6 +78,15 @@ def test_preference_loss_with_any_number_of_rows_and_sequences(dynamic, device):
         cu_seqlens = torch.linspace(0, n, sequences + 1).int().to(device)
         calls.append(([target.clamp(min=0), cu_seqlens], leaves))
     expect_one_graph(packed_loss, calls, dynamic)
+
+
+@pytest.mark.parametrize("dynamic", ["dynamic=True", "mark_dynamic"])
+def test_experts_with_any_number_of_tokens(dynamic, device):
+    w = torch.randn(6, device=device, requires_grad=True)
+    calls = []
+    for t in (9, 33, 17, 200):
+        calls.append(([], [torch.randn(t, n, device=device, requires_grad=True) for n in (5, 6)] + [w]))
+    expect_one_graph(expert_loss, calls, dynamic, rows=(0, 1))
 
 
 def test_inductor(device):

@@ -99,7 +99,7 @@ def _forward(logits, top_k, sigmoid, normalize, scale, correction):
 
 def _forward_fake(logits, top_k, *_):
     """gate, expert, offset, order, place, probability, losses."""
-    if logits.ndim != 2 or top_k < 1:
+    if logits.ndim != 2 or logits.shape[1] < 1 or top_k < 1:
         raise ValueError(
             f"[moe_route] logits: expected [T, E] and top_k from 1 to E, got {list(logits.shape)}, {top_k}."
         )
