@@ -146,6 +146,10 @@ def shaped(model: torch.nn.Module, path: Path):
     """`model`, which may be on the meta device, with an untrained adapter like that of folder `path`."""
     import peft
 
+    from fastpost.hf import expert_lora
+
+    if expert_lora.is_unfused(path):
+        return expert_lora.load_unfused(model, path)
     config = peft.LoraConfig.from_peft_type(**read_config(path) | {"inference_mode": False})
     return put_on(model, config, _has_connections(path))
 
