@@ -231,6 +231,15 @@ def test_it_compiles_whole(kind):
     torch.testing.assert_close(ours, eager)
 
 
+@pytest.mark.slow
+def test_a_model_compiles_whole():
+    model = taken("mixtral")
+    torch._dynamo.reset()
+    with torch.no_grad():
+        ours = torch.compile(model, backend="aot_eager", fullgraph=True)(mixtures.IDS, use_cache=False).logits
+        assert mixtures.distance(ours, model(mixtures.IDS).logits) < 1e-5
+
+
 # ---- peft's adapters on parameters -----------------------------------------------------------------------------------
 
 
