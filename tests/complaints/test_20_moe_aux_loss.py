@@ -107,7 +107,7 @@ def test_loss_and_gradients_are_those_of_transformers(kind):
     expected = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
 
     routers.attach(model, weight)
-    assert routers.on(model) == (4, 2, weight)
+    assert routers.on(model) == (4, 2, weight, 0.0, "transformers")
     values, gradients = stepped(model, batch_of(IDS))
     assert values["aux_loss"] == pytest.approx(own.aux_loss.item(), rel=1e-5)
     assert values["loss"] == pytest.approx(own.loss.item(), rel=1e-5)
@@ -126,7 +126,7 @@ def reference(kind):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_weight_is_the_models_own(kind):
-    assert routers.of(build(kind).config, None) == (4, 2, OWN[kind])
+    assert routers.of(build(kind).config, None) == (4, 2, OWN[kind], 0.0, "transformers")
     assert routers.of(build(kind).config, 0.0).weight == 0.0
     assert routers.of(build(kind).config, 0.25).weight == 0.25
 
@@ -138,7 +138,7 @@ def test_every_computed_token_counts_once():
     pair = [Sequence(prompt + reply, bytes(20) + b"\1" * 10) for reply in (chosen, rejected)]
     batch = collate([Example(0, tuple(pair))], share_prompt=True)
     with torch.no_grad():
-        ours = routers.load_balance(outputs(model, batch, output_router_logits=True).router_logits, 2)
+        ours = routers.losses(outputs(model, batch, output_router_logits=True).router_logits, 2).load_balance
         rows = [model(torch.tensor([prompt + r]), output_router_logits=True).router_logits for r in (chosen, rejected)]
     shared = batch.tokens - 2 * 11  # the prompt's last token is there twice: the replies' first are scored at it
     assert shared == 19
@@ -149,17 +149,21 @@ def test_every_computed_token_counts_once():
 # ---- closed forms ----------------------------------------------------------------------------------------------------
 
 
+def load_balance(logits, top_k):
+    return routers.losses(logits, top_k).load_balance
+
+
 def test_closed_forms():
     """JetMoE's numbers have f sum to 1 instead of k = 2, so they are halves of these."""
     alike = torch.tensor([2.0, 1.0, 0.0, -1.0]).expand(6, 4)
-    assert routers.load_balance([alike, alike.clone()], 2).item() / 2 == pytest.approx(1.761594, abs=1e-6)
+    assert load_balance([alike, alike.clone()], 2).item() / 2 == pytest.approx(1.761594, abs=1e-6)
     balanced = torch.stack([torch.tensor([2.0, 1.0, 0.0, -1.0]).roll(i) for i in range(4)])
-    assert routers.load_balance([balanced], 2).item() / 2 == pytest.approx(1.0, abs=1e-6)
-    assert routers.load_balance([torch.zeros(8, 4)], 1).item() == pytest.approx(1.0, abs=1e-6)  # whatever is chosen
+    assert load_balance([balanced], 2).item() / 2 == pytest.approx(1.0, abs=1e-6)
+    assert load_balance([torch.zeros(8, 4)], 1).item() == pytest.approx(1.0, abs=1e-6)  # whatever is chosen
     one = torch.tensor([[50.0, 0.0, 0.0, 0.0]])
-    assert routers.load_balance([one], 1).item() == pytest.approx(4.0)  # all to one of four: the most there can be
+    assert load_balance([one], 1).item() == pytest.approx(4.0)  # all to one of four: the most there can be
     # The mistake: a second softmax. All tokens to the same two experts then look nearly balanced.
-    assert routers.load_balance([alike.softmax(-1)], 2).item() / 2 == pytest.approx(1.197849, abs=1e-6)
+    assert load_balance([alike.softmax(-1)], 2).item() / 2 == pytest.approx(1.197849, abs=1e-6)
 
 
 def test_a_second_softmax_is_refused(monkeypatch):

@@ -46,7 +46,7 @@ def dry_run(cfg: Config, overrides: list[str]) -> None:
     objective = objectives.from_name(cfg.objective.name, **cfg.objective.fields)
     sources, start = reference.sources(cfg.model, objective), start_of(cfg.model)
     changed = f", {' '.join(overrides)}" if overrides else ""
-    balance = routers.of_folder(start.base, cfg.model.router_aux_loss)
+    balance = routers.of_folder(start.base, *routers.asked(cfg.model))
     print(f"config  {objective}, reference {reference.describe(sources)}{changed}")
     print(f"output  {output(cfg)}")
 

@@ -84,6 +84,12 @@ class ModelConfig:
     router_aux_loss: float | None = None
     """Weight of the load-balancing loss of a mixture of experts, which is part of `loss` and logged as aux_loss. None =
     the model's own (router_aux_loss_coef in its config.json); 0 = off."""
+    router_z_loss: float = 0.0
+    """Weight of the routers' z loss, the mean of logsumexp(logits)^2, which keeps their logits small; logged as z_loss.
+    JetMoE trains with 0.001."""
+    router_loss: Literal["transformers", "jetmoe"] = "transformers"
+    """Over what the two are taken. transformers = means over all layers together; a balanced top k router has k. jetmoe
+    = summed over the routers of attention and MLPs in all layers; each has 1 when balanced."""
     train: list[str] = field(default_factory=list)
     """Train only what one of these matches; [] = everything. last:4 and first:5 are so many of the layers; anything
     else is a regular expression over parameter names, e.g. [last:4, lm_head]."""
@@ -437,7 +443,7 @@ def _check(cfg: Config, where: str) -> None:
     if isinstance(cfg.data.train, list):
         check_sources(cfg.data, where)
     at_least = {
-        "model.router_aux_loss": 0, "data.min_length": 0, "data.epoch_tokens": 1,
+        "model.router_aux_loss": 0, "model.router_z_loss": 0, "data.min_length": 0, "data.epoch_tokens": 1,
         "data.max_length": 2, "data.max_prompt_length": 1, "data.limit": 1, "data.eval_limit": 1, "train.epochs": 1,
         "train.max_steps": 1, "train.batch_size": 1, "train.max_tokens_per_micro_batch": 1, "train.micro_batch_size": 1,
         "train.save_every": 0, "train.keep_latest": 1, "train.eval_every": 0, "train.threads": 1, "log.every": 1,

@@ -31,8 +31,8 @@ def evaluate(
     model: torch.nn.Module, objective, batches: Iterable[Batch], temperature: float = 1.0, *,
     idle: Iterable[Batch] = (), ranks: Ranks = ALONE,
 ) -> dict[str, float]:  # fmt: skip
-    """Means over all rows of the `batches` of all ranks under TRL's names, plus `rows`, their number. `loss` and
-    `aux_loss` mean what they do in training. The model's mode and state are left alone. `idle`: see train_step."""
+    """Means over all rows of the `batches` of all ranks under TRL's names, plus `rows`, their number. `loss`,
+    `aux_loss` and the like mean what they do in training. The model's mode and state are left alone. `idle`: see train_step."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     sums, rows = Sums(), 0
@@ -95,7 +95,7 @@ def evaluate_config(cfg: Config, path: Path | None = None) -> dict[str, float]:
         say=to_stderr,
     )
     model = load(folder.locate(path) if path else start)
-    routers.attach(model, cfg.model.router_aux_loss)
+    routers.attach(model, *routers.asked(cfg.model))
     batches = map(data.batch, progress(parts, "evaluate", unit="batches"))
     kl = others.estimate(model, "eval", Turns(parts, []))
     values = evaluate(model, objective, given(batches, kl), cfg.model.temperature)
