@@ -136,9 +136,10 @@ class DataConfig:
     unmasked-blocks = they do, as in much pre-training. Batch sizes then count blocks."""
     min_length: int = 0
     """Rows (documents) of fewer tokens are left out and counted."""
-    epoch_tokens: int | None = None
+    epoch_tokens: int | list[int] | None = None
     """Tokens of one epoch, shared out by the sources' ratios. None = as many as there are before a source that may not
-    repeat runs out (all, when there is one source)."""
+    repeat runs out (all, when there is one source). A list has a number for each epoch, the last of which holds from
+    there on: with ratios in lists, too, an epoch is a stage of the training."""
     draw: Literal["dynamic", "fixed"] = "dynamic"
     """Which rows an epoch takes of a source that has more than its share. dynamic = drawn anew each epoch; fixed = the
     same ones every epoch."""
@@ -455,7 +456,8 @@ def _check(cfg: Config, where: str) -> None:
     for name, least in at_least.items():
         group, key = name.split(".")
         value = getattr(getattr(cfg, group), key)
-        if value is not None and not value >= least:  # written so that NaN fails too
+        values = value if isinstance(value, list) else [value]
+        if value is not None and (not values or not all(v >= least for v in values)):  # written so that NaN fails too
             raise ValueError(f"{where}: {name}: expected at least {least}, got {value}. Set it to that or more.")
     for key in ("warmup_ratio", "warmup_from", "min_lr_ratio", "stable_ratio"):
         value = getattr(cfg.optim, key)
