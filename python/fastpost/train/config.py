@@ -65,6 +65,10 @@ class ModelConfig:
     path: str = ""
     """The model to train: a Hugging Face folder (config.json, safetensors weights, tokenizer), an adapter folder of
     peft (its base model with the adapter, which goes on training) or the folder of an earlier run. Required."""
+    from_scratch: bool = False
+    """Start from random weights, by transformers' own initialisation with train.seed, instead of trained ones;
+    model.path is then a folder with config.json and tokenizer but no weights. The result is float32 (bf16 with
+    precision pure-bf16)."""
     adapter: str = ""
     """An adapter folder to go on training upon model.path, when its adapter_config.json does not name the base model's
     folder."""
@@ -244,7 +248,7 @@ class TrainConfig:
     gradient_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """What the backward pass recomputes to save memory. selective = all but matrix products and attention: half the
     activations for about 5 % more time; full = each layer from its input: a tenth of them for 15 to 30 %. auto =
-    selective on a CPU, none on a GPU."""
+    selective on a CPU, none on a GPU and for models that transformers cannot recompute."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several ranks (torchrun) hold the model. ddp = a copy each; fsdp = a part each, gathered layer by layer. auto
     = ddp where a copy takes up to 16 GB (1e9 trained weights), else fsdp."""
@@ -500,6 +504,15 @@ def _check(cfg: Config, where: str) -> None:
         raise ValueError(f"{where}: model.lora.connections: expected false without a new adapter, got true. Set "
                          "model.lora.rank.")  # fmt: skip
     _check_quantize(cfg.model.quantize, where)
+    if cfg.model.from_scratch:
+        parts = {"adapter": cfg.model.adapter, "lora.rank": cfg.model.lora.rank, "train": cfg.model.train,
+                 "freeze": cfg.model.freeze, "quantize.scheme": cfg.model.quantize.scheme.replace("none", "")}  # fmt: skip
+        for name, value in parts.items():
+            if value:
+                raise ValueError(
+                    f"{where}: model.{name}: expected nothing with model.from_scratch, which trains every weight of a "
+                    f"new model, got {value}. Leave one of them out."
+                )
     if cfg.data.share_prompt and cfg.model.attention != "packed":
         raise ValueError(
             f"{where}: data.share_prompt: expected false with attention '{cfg.model.attention}', which cannot share "

@@ -19,7 +19,7 @@ from . import reference, routers
 from .config import Config
 from .device import pick_device
 from .distributed import ALONE, Ranks, Turns
-from .forward import base_format, forward, lengths, start_of
+from .forward import base_format, forward, lengths, start_model, start_of
 from .metrics import Sums, add_output
 from .mismatched import Mismatched, given
 from .optim import COMPUTE_DTYPE
@@ -78,6 +78,8 @@ def evaluate_config(cfg: Config, path: Path | None = None) -> dict[str, float]:
     parts = data.micro_batches(rows, cfg.train.max_tokens_per_micro_batch, cfg.train.micro_batch_size)
 
     def load(place: folder.Place) -> torch.nn.Module:
+        if place == start and cfg.model.from_scratch:
+            return start_model(cfg, dtype).to(device)
         model = adapter.load_place(place, dtype, cfg.model.attention)
         if place == start and place.adapter is None:
             base_format(cfg.model).apply(model)

@@ -103,7 +103,7 @@ def load_policy(cfg: Config, device: torch.device, *, move: bool = True) -> torc
     start, compute = start_of(cfg.model), COMPUTE_DTYPE[cfg.optim.precision]
     dtype = torch.float32 if has_masters(cfg) else compute
     base = base_format(cfg.model)
-    model = folder.load_model(start.base, dtype, cfg.model.attention, check=False)
+    model = start_model(cfg, dtype)
     if done := base.apply(model, device if device.type == "cuda" else None):
         print(f"base   {base.scheme}, groups of {base.group_size}: {done.line()}", flush=True)
     if start.adapter:
@@ -123,6 +123,14 @@ def load_policy(cfg: Config, device: torch.device, *, move: bool = True) -> torc
     freeze(model, cfg.model.train, cfg.model.freeze)
     recompute(lora.inner(model), cfg.train.gradient_checkpointing, device)
     return model.to(device) if move else model
+
+
+def start_model(cfg: Config, dtype: torch.dtype) -> torch.nn.Module:
+    """The model that training starts from, without an adapter: of the folder's weights, or drawn at random."""
+    base = start_of(cfg.model).base
+    if cfg.model.from_scratch:
+        return folder.new_model(base, dtype, cfg.model.attention, seed=cfg.train.seed)
+    return folder.load_model(base, dtype, cfg.model.attention, check=False)
 
 
 def base_format(cfg: ModelConfig) -> BaseFormat:
@@ -157,6 +165,8 @@ def has_masters(cfg: Config) -> bool:
     """Whether bf16 training keeps float32 masters of weights that the model came with, so must load them as float32."""
     if cfg.optim.precision != "bf16":
         return False
+    if cfg.model.from_scratch:
+        return True
     start, own = start_of(cfg.model), cfg.model.lora
     if start.adapter:  # what it trained whole is float32 in its file; the rest is frozen
         return bool(adapter.read_config(start.adapter).get("modules_to_save"))
@@ -165,8 +175,11 @@ def has_masters(cfg: Config) -> bool:
 
 
 def start_of(cfg: ModelConfig) -> folder.Place:
-    """The folders that training starts from. Raises ValueError when settings name two adapters to train."""
+    """The folders that training starts from. Raises ValueError when settings name two adapters to train, and when
+    model.from_scratch finds weights."""
     place = folder.locate(cfg.path)
+    if cfg.from_scratch:
+        folder.check_new(cfg.path if place.adapter else place.base)
     if cfg.adapter:
         if place.adapter is not None:
             raise ValueError(
