@@ -10,7 +10,6 @@ from RUN/metrics.jsonl, how evenly experts work, and tokens per second of both.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from transformers.models.jetmoe.modeling_jetmoe import JetMoeTopKGating
 
 from fastpost.data.loader import load_dataset
 from fastpost.hf import folder
+from fastpost.train import metrics
 from fastpost.train.config import Config, load_config
 from fastpost.train.plan import Plan
 
@@ -91,8 +91,8 @@ def train(cfg: Config, steps: int | None = None):
 
 def main(run: Path, steps: int | None) -> None:
     cfg = load_config(run / "config.yaml")
-    ours = [row for row in map(json.loads, open(run / "metrics.jsonl")) if "loss" in row][:steps]
-    clock = [json.loads(line)["tps"] for line in open(run / "timing.jsonl")][:steps]
+    ours = [row for row in metrics.read(run / "metrics.jsonl") if "loss" in row][:steps]
+    clock = [row["tps"] for row in metrics.read(run / "timing.jsonl")][:steps]
     tokens, plain = cfg.train.batch_size * cfg.data.max_length, []
     for row in train(cfg, steps):
         plain.append(row)

@@ -148,7 +148,7 @@ def message(tmp, capsys, *overrides) -> str:
         (["--model.quantize.scheme", "nf4"], "model.quantize.scheme: expected nothing with model.from_scratch"),
         (["--model.adapter", "a"], "model.adapter: expected nothing with model.from_scratch"),
         (["--model.from_scratch", "false"], "expected model*.safetensors, found none."),
-        (["--objective.name", "dpo"], "model.reference: expected columns or the folder of a model, because model.from_"),
+        (["--objective.name", "dpo"], "model.reference: expected columns or the folder of a model, because model."),
         (["--model.from_scratch", "never"], "--model.from_scratch: expected true or false, got a string 'never'."),
     ],
 )  # fmt: skip

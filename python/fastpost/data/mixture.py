@@ -27,7 +27,7 @@ class Mixture:
     """Raises ValueError naming the source when an epoch wants more of one than there is and it may not repeat."""
 
     def __init__(self, data: Dataset, *, seed: int, tokens: int | list[int] | None = None, fixed: bool = False):
-        self.data, self.seed, self.fixed = data, seed, fixed
+        self.data, self.seed, self.fixed, self._asked = data, seed, fixed, tokens
         listed = [tokens, *(p.source.ratio for p in data.parts)]
         self.stages = max(len(value) if isinstance(value, list) else 1 for value in listed)
         """Epochs that may differ; those that follow are like the last of them."""
@@ -37,8 +37,7 @@ class Mixture:
         """Whether every epoch is every row once."""
         if not self.whole:
             for epoch in range(self.stages):
-                self._check(epoch, self._size(tokens, epoch))
-        self._asked = tokens
+                self._check(epoch)
 
     @property
     def ratios(self) -> list[float]:
@@ -48,12 +47,19 @@ class Mixture:
     @property
     def tokens(self) -> int:
         """Tokens of the first epoch, to within half a row of each source."""
-        return self._size(self._asked, 0)
+        return self.size(0)
 
     def shares(self, epoch: int) -> list[float]:
         """Shares of the tokens of an epoch, one per source; they sum to 1."""
         ratios = [_of(p.source.ratio, epoch) for p in self.data.parts]
         return [r / sum(ratios) for r in ratios]
+
+    def size(self, epoch: int) -> int:
+        """Tokens of an epoch: what was asked, or as many as there are before a source runs out."""
+        if self._asked is not None:
+            return _of(self._asked, epoch)
+        ends = [h / r for h, r, p in zip(self.have, self.shares(epoch), self.data.parts) if r and not p.source.repeat]
+        return math.floor(min(ends)) if ends else sum(self.have)
 
     def epoch(self, epoch: int) -> np.ndarray:
         """Indices of the examples of an epoch in their order, int64."""
@@ -89,13 +95,6 @@ class Mixture:
                 )
         return lines
 
-    def _size(self, tokens: int | list[int] | None, epoch: int) -> int:
-        """Tokens of an epoch: what was asked, or as many as there are before a source runs out."""
-        if tokens is not None:
-            return _of(tokens, epoch)
-        ends = [h / r for h, r, p in zip(self.have, self.shares(epoch), self.data.parts) if r and not p.source.repeat]
-        return math.floor(min(ends)) if ends else sum(self.have)
-
     def _drawn(self, k: int, epoch: int) -> int:
         return int(self.data.examples.tokens[self._pick(k, epoch)].sum())
 
@@ -108,7 +107,7 @@ class Mixture:
         if self.whole:
             rows = np.array(order(seed, epoch, part.stop - part.start, part.source.shuffle))
             return rows + part.start
-        tokens, passes, left = self._tokens(part), [], self._size(self._asked, epoch) * self.shares(epoch)[k]
+        tokens, passes, left = self._tokens(part), [], self.size(epoch) * self.shares(epoch)[k]
         while left > 0:
             n = len(passes)
             rows = np.array(order(f"{seed}/pass {n}" if n else seed, draw, len(tokens)))
@@ -127,7 +126,8 @@ class Mixture:
     def _tokens(self, part: Part) -> np.ndarray:
         return self.data.examples.tokens[part.start : part.stop]
 
-    def _check(self, epoch: int, tokens: int) -> None:
+    def _check(self, epoch: int) -> None:
+        tokens = self.size(epoch)
         for k, (part, share) in enumerate(zip(self.data.parts, self.shares(epoch))):
             wanted = tokens * share
             if wanted - self.have[k] >= self._tokens(part).max() and not part.source.repeat:

@@ -224,9 +224,10 @@ def save_folder(
     """Write `model` as the folder `source` with other numbers: same keys, same shards, every other file byte for byte.
     A `source` without weights (a model that was trained from scratch) leaves keys and shards to transformers.
 
-    dtype None = each tensor in the dtype it has in `source`, or in the model. `unchanged`: keys whose tensors are taken from `source`
-    (frozen weights, of which the model may hold a rounded copy). Written beside `out` and renamed, so `out` is whole or
-    absent. Of a sharded model one rank calls this while the others call `give_parts`. Raises ValueError when `out`
+    dtype None = each tensor in the dtype it has in `source`, or in the model. `unchanged`: keys whose tensors are taken
+    from `source` (frozen weights, of which the model may hold a rounded copy). Written beside `out` and renamed, so
+    `out` is whole or absent. Of a sharded model one rank calls this while the others call `give_parts`. Raises
+    ValueError when `out`
     exists and is not empty."""
     source, out = _checked(source), Path(out)
     if not has_weights(source):

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A JetMoE of 22 million parameters to train from scratch: config.json and a tokenizer for the word problems, no weights.
+"""A JetMoE of 22 million parameters to train from scratch: config.json and a tokenizer for word problems, no weights.
 
     write(folder)       # then model.path: folder, model.from_scratch: true
 
 JetMoE's shape (arXiv 2404.07413) made small: 8 experts, 2 of them for each token, in attention and MLP of each of 6
-layers; 6.2 million parameters work on a token. The tokenizer is a byte-level BPE of 1140 tokens learnt from the built-in
-texts, digits one by one, with ChatML turns.
+layers; 6.2 million parameters work on a token. The tokenizer is a byte-level BPE of 1140 tokens learnt from the
+built-in texts, digits one by one, with ChatML turns.
 """
 
 from __future__ import annotations

@@ -505,10 +505,10 @@ def _check(cfg: Config, where: str) -> None:
                          "model.lora.rank.")  # fmt: skip
     _check_quantize(cfg.model.quantize, where)
     if cfg.model.from_scratch:
-        parts = {"adapter": cfg.model.adapter, "lora.rank": cfg.model.lora.rank, "train": cfg.model.train,
-                 "freeze": cfg.model.freeze, "quantize.scheme": cfg.model.quantize.scheme.replace("none", "")}  # fmt: skip
-        for name, value in parts.items():
-            if value:
+        m = cfg.model
+        parts = {"adapter": m.adapter, "lora.rank": m.lora.rank, "train": m.train, "freeze": m.freeze}
+        for name, value in {**parts, "quantize.scheme": m.quantize.scheme}.items():
+            if value and value != "none":
                 raise ValueError(
                     f"{where}: model.{name}: expected nothing with model.from_scratch, which trains every weight of a "
                     f"new model, got {value}. Leave one of them out."

@@ -32,7 +32,8 @@ def evaluate(
     idle: Iterable[Batch] = (), ranks: Ranks = ALONE,
 ) -> dict[str, float]:  # fmt: skip
     """Means over all rows of the `batches` of all ranks under TRL's names, plus `rows`, their number. `loss`,
-    `aux_loss` and the like mean what they do in training. The model's mode and state are left alone. `idle`: see train_step."""
+    `aux_loss` and the like mean what they do in training. The model's mode and state are left alone. `idle`: see
+    train_step."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     sums, rows = Sums(), 0
