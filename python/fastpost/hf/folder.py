@@ -227,8 +227,7 @@ def save_folder(
     dtype None = each tensor in the dtype it has in `source`, or in the model. `unchanged`: keys whose tensors are taken
     from `source` (frozen weights, of which the model may hold a rounded copy). Written beside `out` and renamed, so
     `out` is whole or absent. Of a sharded model one rank calls this while the others call `give_parts`. Raises
-    ValueError when `out`
-    exists and is not empty."""
+    ValueError when `out` exists and is not empty."""
     source, out = _checked(source), Path(out)
     if not has_weights(source):
         dtype = dtype or model.dtype
