@@ -73,6 +73,7 @@ def model(kind: str = "llama", *, vocab_size: int = 320, layers: int = 2, tie: b
         "qwen3": (tf.Qwen3Config, {}),
         "mistral": (tf.MistralConfig, {"sliding_window": 6}),
         "mixtral": (tf.MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+        "jetmoe": (tf.JetMoeConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8}),
         "gemma2": (
             tf.Gemma2Config,
             {

@@ -2,11 +2,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastpost import cli, objectives
 from fastpost.cli import built_in
 from fastpost.cli.recipes import GPU, recipes, summary
-from fastpost.hf import smollm2
+from fastpost.hf import folder, smollm2
+from fastpost.train import memory
 from fastpost.train.config import load_config
 
 OVERRIDES = ["--model.path", "m", "--data.train", "d"]
@@ -29,6 +31,10 @@ def test_ls_and_cp(capsys, tmp_path, monkeypatch):
     assert (tmp_path / "dpo-gpu.yaml").read_text() == recipes()["dpo-gpu"].read_text()
     assert cli.main(["recipes", "cp", "--gpu", "dpo-gpu", "again.yaml"]) == 0
     capsys.readouterr()
+    assert cli.main(["recipes", "cp", "jetmoe-sft"]) == 0
+    assert "jetmoe-sft.yaml: goes on from the run of jetmoe-pretrain in this folder, then\n" in capsys.readouterr().out
+    assert cli.main(["train", "jetmoe-sft.yaml"]) == 1
+    assert "runs/jetmoe-pretrain: no such folder. Expected a local Hugging Face folder" in capsys.readouterr().err
 
 
 def test_what_cp_refuses(capsys, tmp_path, monkeypatch):
@@ -98,6 +104,13 @@ def test_every_small_recipe_has_the_authors_settings_beside_it():
                               "data.epoch_tokens": 5 * 10**9, "data.draw": "dynamic"},
         "chocollama": {"model.lora.rank": 8, "model.lora.alpha": 32, "model.lora.dropout": 0.05, "optim.lr": 3e-4,
                        "optim.step_decay": (6212, 0.85), "train.batch_size": 1024, "data.max_length": 4096},
+        "jetmoe-pretrain": {"optim.lr": 5e-4, "optim.weight_decay": 0.1, "optim.max_grad_norm": 1, "train.epochs": 2,
+                            "data.max_length": 4096, "train.batch_size": 1024, "optim.schedule": "wsd",
+                            "optim.warmup_from": 0.1, "optim.min_lr_ratio": 0.1, "optim.stable_ratio": 0.8,
+                            "data.epoch_tokens": [10**12, 25 * 10**10], "model.router_aux_loss": 0.01,
+                            "model.router_z_loss": 0.001, "model.router_loss": "jetmoe", "model.from_scratch": True},
+        "jetmoe-sft": {"optim.lr": 2e-5, "train.batch_size": 128, "train.epochs": 3},
+        "jetmoe-dpo": {"optim.lr": 5e-7, "train.batch_size": 128, "train.epochs": 1},
     }.items(),
 )  # fmt: skip
 def test_the_authors_numbers(name, values):
@@ -127,6 +140,29 @@ def configured(*overrides):
     return load_config(recipes()["dpo"], overrides)
 
 
+def test_jetmoe_small_is_made_once_and_is_the_same_again(monkeypatch, tmp_path, capsys):
+    """A folder of config.json and tokenizer; no weights, no download."""
+    monkeypatch.setattr(smollm2, "fetch", lambda: pytest.fail("nothing is fetched"))
+    made = []
+    for cache in ("a", "a", "b"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
+        made.append(Path(built_in.model(built_in.SCRATCH, "model.path")))
+        assert ("made" in capsys.readouterr().err) == (len(made) != 2)
+    assert made[0] == made[1]
+    files = {file.name: file.read_bytes() for file in made[0].iterdir()}
+    assert files == {file.name: file.read_bytes() for file in made[2].iterdir()} and "tokenizer.json" in files
+    assert not any(name.endswith(".safetensors") for name in files)
+    tokenizer, model = folder.load_tokenizer(made[0]), memory.shape_model(made[0], torch.float32)
+    assert len(tokenizer) <= model.config.vocab_size and sum(p.numel() for p in model.parameters()) == 21_559_552
+    text = "With the gift there are 42 + 17 = 59 keys.\nThe answer is 59. Ünïcode ∑ 7"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert [tokenizer.decode(i) for i in tokenizer("59 keys.").input_ids] == ["5", "9", " keys", "."]
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n" and tokenizer.eos_token == "<|im_end|>"
+
+
 def test_built_in_names_become_paths_and_rows_are_written_once(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(smollm2, "fetch", lambda: tmp_path / "model")
     cfg = built_in.resolve(configured("--model.reference", "built-in/smollm2"))
@@ -146,8 +182,8 @@ def test_built_in_names_become_paths_and_rows_are_written_once(monkeypatch, tmp_
 @pytest.mark.parametrize(
     "overrides, said",
     [
-        (["--model.path", "built-in/smol"], "model.path: expected built-in/smollm2, the one model that is built in, "
-         "got built-in/smol."),
+        (["--model.path", "built-in/smol"], "model.path: expected built-in/smollm2 or, to train from scratch, "
+         "built-in/jetmoe-small, got built-in/smol."),
         (["--data.train", "built-in/word-problems/pair/train.jsonl"], "data.train: expected built-in/word-problems/"
          "FORM/SPLIT.jsonl with FORM one of pairs, chats,"),
         (["--data.eval", "built-in/word-problems/pairs/test.jsonl"], "SPLIT one of train, same, new, got built-in/"),

@@ -107,7 +107,7 @@ def test_loss_and_gradients_are_those_of_transformers(kind):
     expected = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
 
     routers.attach(model, weight)
-    assert routers.on(model) == (4, 2, weight)
+    assert routers.on(model) == (4, 2, weight, 0.0, "transformers")
     values, gradients = stepped(model, batch_of(IDS))
     assert values["aux_loss"] == pytest.approx(own.aux_loss.item(), rel=1e-5)
     assert values["loss"] == pytest.approx(own.loss.item(), rel=1e-5)
@@ -126,7 +126,7 @@ def reference(kind):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_weight_is_the_models_own(kind):
-    assert routers.of(build(kind).config, None) == (4, 2, OWN[kind])
+    assert routers.of(build(kind).config, None) == (4, 2, OWN[kind], 0.0, "transformers")
     assert routers.of(build(kind).config, 0.0).weight == 0.0
     assert routers.of(build(kind).config, 0.25).weight == 0.25
 
@@ -138,7 +138,7 @@ def test_every_computed_token_counts_once():
     pair = [Sequence(prompt + reply, bytes(20) + b"\1" * 10) for reply in (chosen, rejected)]
     batch = collate([Example(0, tuple(pair))], share_prompt=True)
     with torch.no_grad():
-        ours = routers.load_balance(outputs(model, batch, output_router_logits=True).router_logits, 2)
+        ours = routers.losses(outputs(model, batch, output_router_logits=True).router_logits, 2).load_balance
         rows = [model(torch.tensor([prompt + r]), output_router_logits=True).router_logits for r in (chosen, rejected)]
     shared = batch.tokens - 2 * 11  # the prompt's last token is there twice: the replies' first are scored at it
     assert shared == 19
@@ -149,17 +149,135 @@ def test_every_computed_token_counts_once():
 # ---- closed forms ----------------------------------------------------------------------------------------------------
 
 
+def load_balance(logits, top_k):
+    return routers.losses(logits, top_k).load_balance
+
+
 def test_closed_forms():
     """JetMoE's numbers have f sum to 1 instead of k = 2, so they are halves of these."""
     alike = torch.tensor([2.0, 1.0, 0.0, -1.0]).expand(6, 4)
-    assert routers.load_balance([alike, alike.clone()], 2).item() / 2 == pytest.approx(1.761594, abs=1e-6)
+    assert load_balance([alike, alike.clone()], 2).item() / 2 == pytest.approx(1.761594, abs=1e-6)
     balanced = torch.stack([torch.tensor([2.0, 1.0, 0.0, -1.0]).roll(i) for i in range(4)])
-    assert routers.load_balance([balanced], 2).item() / 2 == pytest.approx(1.0, abs=1e-6)
-    assert routers.load_balance([torch.zeros(8, 4)], 1).item() == pytest.approx(1.0, abs=1e-6)  # whatever is chosen
+    assert load_balance([balanced], 2).item() / 2 == pytest.approx(1.0, abs=1e-6)
+    assert load_balance([torch.zeros(8, 4)], 1).item() == pytest.approx(1.0, abs=1e-6)  # whatever is chosen
     one = torch.tensor([[50.0, 0.0, 0.0, 0.0]])
-    assert routers.load_balance([one], 1).item() == pytest.approx(4.0)  # all to one of four: the most there can be
+    assert load_balance([one], 1).item() == pytest.approx(4.0)  # all to one of four: the most there can be
     # The mistake: a second softmax. All tokens to the same two experts then look nearly balanced.
-    assert routers.load_balance([alike.softmax(-1)], 2).item() / 2 == pytest.approx(1.197849, abs=1e-6)
+    assert load_balance([alike.softmax(-1)], 2).item() / 2 == pytest.approx(1.197849, abs=1e-6)
+
+
+def test_closed_forms_of_jetmoe():
+    """METHODS 20: all tokens alike, and perfect balance; each router counts for itself, and once."""
+    alike = torch.tensor([2.0, 1.0, 0.0, -1.0]).expand(6, 4)
+    balanced = torch.stack([torch.tensor([2.0, 1.0, 0.0, -1.0]).roll(i) for i in range(4)])
+    one = routers.losses([alike], 2, "jetmoe")
+    assert (one.load_balance.item(), one.z.item()) == pytest.approx((1.761594, 5.954526), abs=1e-6)
+    assert routers.losses([balanced], 2, "jetmoe").load_balance.item() == pytest.approx(1.0, abs=1e-6)
+    both = routers.losses([alike, balanced, alike], 2, "jetmoe")  # the first one twice: the same tensor
+    assert both.load_balance.item() == pytest.approx(2.761594, abs=1e-6)
+    assert both.z.item() == pytest.approx(2 * 5.954526, abs=1e-5)
+    assert both.chosen.tolist() == [[6, 6, 0, 0], [2, 2, 2, 2]]
+    assert routers.losses([alike, balanced], 2).z.item() == pytest.approx(5.954526, abs=1e-6)  # a mean, over all tokens
+    large = routers.losses([torch.tensor([[300.0, 0.0]])], 1, "jetmoe")  # exp(300) is infinite in float32
+    assert large.z.item() == 90000.0
+
+
+@pytest.mark.parametrize("convention", ["transformers", "jetmoe"])
+def test_the_z_loss_in_a_step(convention):
+    """A whole step of JetMoE against both losses written down once more, from hooks on its routers."""
+    model, seen = build("jetmoe"), []
+    gates = [m for name, m in model.named_modules() if name.endswith("router")]
+    assert (
+        len(gates) == 4
+        and sum("self_attention" in name for name, _ in model.named_modules() if name.endswith("router")) == 2
+    )
+    hooks = [m.register_forward_hook(lambda module, inputs, output: seen.append(output[4])) for m in gates]
+    ids = torch.tensor([IDS])
+    loss = model(ids, labels=ids, use_cache=False).loss
+    balance, z = [], []
+    for x in seen:
+        p, f = x.softmax(-1), torch.zeros(4)
+        for token in x.topk(2).indices:
+            f[token] += 1 / 80
+        balance.append(4 * (f * p.mean(0)).sum())
+        z.append((x.exp().sum(-1).log() ** 2).mean())
+    if convention == "jetmoe":
+        aux, z = sum(balance), sum(z)
+    else:
+        aux, z = reference("jetmoe")(tuple(seen), 4, 2), sum(z) / 4
+    loss = loss + 0.5 * aux + 0.25 * z
+    loss.backward()
+    for hook in hooks:
+        hook.remove()
+    expected = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    routers.attach(model, 0.5, 0.25, convention)
+    values, gradients = stepped(model, batch_of(IDS))
+    assert (values["loss"], values["aux_loss"], values["z_loss"]) == pytest.approx(
+        (loss.item(), aux.item(), z.item()), rel=1e-5
+    )
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5, msg=name)
+    # The mistakes: one kind of router forgotten, and the z loss left out.
+    assert abs(values["aux_loss"] - aux.item() / 2) > 0.5
+    routers.attach(model, 0.5, 0.0, convention)
+    assert abs(stepped(model, batch_of(IDS))[0]["loss"] - loss.item()) > 0.1
+
+
+def test_the_z_loss_alone():
+    model = build("mixtral")
+    routers.attach(model, 0.0, 0.25)
+    values, _ = stepped(model, batch_of(IDS))
+    delattr(model, routers.ATTACHED)
+    without, _ = stepped(model, batch_of(IDS))
+    assert values["loss"] == pytest.approx(without["loss"] + 0.25 * values["z_loss"], rel=1e-6)
+    assert values["z_loss"] > 0.1
+
+
+def test_loads_are_those_of_the_step():
+    """Over micro-batches as over the whole: counts are added up before the largest and smallest are taken."""
+    model = build("jetmoe")
+    routers.attach(model, 0.01, 0.0, "jetmoe")
+    parts = [IDS[:30], IDS[30:], IDS[5:12]]
+    logits = outputs(model, batch_of(*parts), output_router_logits=True).router_logits
+    distinct = list({id(x): x for x in logits}.values())
+    counts = torch.stack([torch.bincount(x.topk(2).indices.flatten(), minlength=4) for x in distinct])
+    loads = counts / (2 * 47) * 4
+    for batches in ([batch_of(*parts)], [batch_of(part) for part in parts]):
+        values, _ = stepped(model, *batches)
+        assert values["router/load_max"] == pytest.approx(loads.max().item(), rel=1e-6)
+        assert values["router/load_min"] == pytest.approx(loads.min().item(), rel=1e-6)
+    each = [stepped(model, batch_of(part))[0]["router/load_max"] for part in parts]
+    assert max(each) > loads.max() + 0.05  # the mistake: the extremes of micro-batches
+
+
+def test_a_router_that_is_not_recorded_is_refused():
+    """Half of JetMoE's routers: those of its MLPs, put in by modules of another class."""
+    model = build("jetmoe")
+    for layer in model.model.layers:
+        layer.mlp = SomethingElse(layer.mlp)
+    with pytest.raises(ValueError, match="got those of 2 routers, not of the 4 in attention and MLPs"):
+        routers.attach(model, 0.01)
+
+
+class SomethingElse(torch.nn.Module):
+    """An MLP without a router that transformers knows."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.weight = mlp.output_linear.weight
+
+    def forward(self, x):
+        return x @ (self.weight[0] @ self.weight[0].T)
+
+
+def test_weights_that_are_no_numbers_are_named_by_their_rows():
+    """The router's NaN is not what is complained about: the loss is, with the rows."""
+    model = build("mixtral")
+    routers.attach(model, 0.01)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[IDS[3]] = torch.nan
+    with pytest.raises(step.NotFinite, match="Data rows: 0"):
+        stepped(model, batch_of(IDS))
 
 
 def test_a_second_softmax_is_refused(monkeypatch):
@@ -286,7 +404,7 @@ def test_ranks_do_not_change_it(tmp_path, parallel):
     for ranks, kind in ((1, "auto"), (2, parallel)):
         cfg = recipe(tmp_path, kind, "--train.micro_batch_size", "4", max_steps=2, parallel=kind)
         assert launch.Forked(lambda cfg=cfg: train(cfg), ranks).wait() == [0] * ranks
-    for name in ("loss", "aux_loss", "grad_norm"):
+    for name in ("loss", "aux_loss", "z_loss", "router/load_max", "router/load_min", "grad_norm"):
         alone, ours = column(tmp_path / "auto", name), column(tmp_path / parallel, name)
         torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-6, msg=name)
 
@@ -360,11 +478,21 @@ def test_a_weight_for_a_dense_model_is_refused_before_its_weights_are_read(tmp_p
         "LlamaForCausalLM: it has no routers. Leave it out, or set it to 0."
     )
     assert routers.of(tf.LlamaConfig(), 0.0) is None and routers.of(tf.LlamaConfig(), None) is None
+    for settings, said in (
+        ((None, 0.001), "router_z_loss: expected a mixture of experts for 0.001, got LlamaForCausalLM: it has no "),
+        ((None, 0.0, "jetmoe"), "router_loss: expected a mixture of experts for jetmoe, got LlamaForCausalLM: it has"),
+    ):
+        with pytest.raises(ValueError, match=f"model.{said}.*Leave it out, or set it to "):
+            routers.of(tf.LlamaConfig(), *settings)
 
 
 def test_a_negative_weight_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"model.router_aux_loss: expected at least 0, got -0.1"):
         runs.recipe(tmp_path, "--model.router_aux_loss", "-0.1")
+    with pytest.raises(ValueError, match=r"model.router_z_loss: expected at least 0, got -1.0"):
+        runs.recipe(tmp_path, "--model.router_z_loss", "-1")
+    with pytest.raises(ValueError, match=r"model.router_loss: expected one of transformers, jetmoe; got 'jet'"):
+        runs.recipe(tmp_path, "--model.router_loss", "jet")
 
 
 def test_a_mixture_without_such_a_loss_says_so():
@@ -374,6 +502,9 @@ def test_a_mixture_without_such_a_loss_says_so():
     with pytest.raises(ValueError, match=r"got DeepseekV3ForCausalLM: transformers defines none for it\. Leave it out"):
         routers.of(tf.DeepseekV3Config(), 0.1)
     assert routers.of(CONFIGS["mixtral"](), 0.0).line() == "router  4 experts, top 2, aux loss off"
+    assert routers.of(CONFIGS["jetmoe"](), None, 0.001, "jetmoe").line() == (
+        "router  4 experts, top 2, aux loss 0.01 x load balance, z loss 0.001 x logsumexp^2, summed over routers"
+    )
 
 
 def test_routers_that_are_not_returned_are_refused(monkeypatch):

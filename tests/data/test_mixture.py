@@ -68,6 +68,53 @@ def test_me_llama_shares(load):
         assert np.abs(np.array(got) - [3000, 200, 800]).max() <= 22  # half of the longest row
 
 
+def test_epochs_as_stages(load):
+    """JetMoE's richer mixture in the decay: ratios and tokens of each epoch, the last of which hold from there on."""
+    data = load(
+        (documents(200, lambda i: 7, "a"), {"ratio": [3, 1]}),
+        (documents(200, lambda i: 7, "b"), {"ratio": [1, 2, 0]}),
+        (documents(50, lambda i: 7, "c"), {"ratio": [0, 1], "repeat": True}),
+    )
+    mixture = Mixture(data, seed=0, tokens=[800, 320])
+    assert [shares(data, mixture.epoch(e)) for e in range(4)] == [
+        [600, 200, 0], [80, 160, 80], [160, 0, 160], [160, 0, 160],
+    ]  # fmt: skip
+    assert mixture.ratios == [0.75, 0.25, 0] and mixture.tokens == 800
+    assert mixture.shares(1) == [0.25, 0.5, 0.25] and mixture.shares(9) == [0.5, 0, 0.5]
+    lines = mixture.lines()
+    assert lines[0] == "mix    800 tokens in epoch 1, ratios 3:1:0, draw dynamic"
+    assert lines[8].startswith("mix    320 tokens in epoch 3 on, ratios 1:0:1") and len(lines) == 12
+    assert "c.jsonl" not in lines[3] and lines[3].endswith("is 0.00% = 0 tokens (0.0% of it), shuffled")
+    # An epoch that is like the first one of a mixture without lists draws what that draws.
+    plain = Mixture(load(*[(documents(200, lambda i: 7, x), {"ratio": r}) for x, r in (("a", 3), ("b", 1))]), seed=0,
+                    tokens=800)  # fmt: skip
+    assert plain.epoch(0).tolist() == mixture.epoch(0).tolist()
+    # Without a number of tokens an epoch ends where a source runs out: 1600 of a at 3/4, of b at 1/2, of a at 1/2.
+    auto = Mixture(data, seed=0)
+    assert [auto.size(epoch) for epoch in range(3)] == [2133, 3200, 3200]
+
+
+def test_a_stage_that_wants_too_much_is_named(load):
+    data = load(
+        (documents(100, lambda i: 7, "a"), {"ratio": [1, 3]}), (documents(900, lambda i: 7, "b"), {"ratio": [3, 1]})
+    )
+    with pytest.raises(ValueError) as error:
+        Mixture(data, seed=0, tokens=2000)
+    assert str(error.value).startswith("[data] data.train[0] ")
+    assert "runs out: epoch 2 of 2000 tokens wants 1500 of it (75.00%), and it has 800." in str(error.value)
+
+
+def test_a_plan_has_the_steps_of_each_stage(load):
+    data = load((documents(200, lambda i: 7, "a"), {"ratio": [3, 1]}), (documents(200, lambda i: 7, "b"), {}))
+    cfg = Config()
+    cfg.train.epochs, cfg.train.batch_size, cfg.data.epoch_tokens = 3, 10, [1600, 320, 80]
+    plan = Plan(cfg, data)
+    assert plan.steps == 20 + 4 + 1
+    tokens = [sum(plan.tokens(step) for step in part) for part in (range(20), range(20, 24), range(24, 25))]
+    assert tokens == [1600, 320, 80]
+    assert [plan.epoch(finished) for finished in (20, 22, 24, 25)] == [1, 1.5, 2, 3]
+
+
 def test_any_stretch_of_an_epoch_holds_the_mixture(load):
     data = load(*uneven(500))
     rows = Mixture(data, seed=0, tokens=5000).epoch(0)

@@ -66,7 +66,7 @@ class Run:
     @cached_property
     def start(self):
         """The model before training, by transformers and its own attention."""
-        return plain_model(self.cfg.model.path)
+        return plain_model(folder.locate(self.cfg.model.path).base)
 
 
 def plain_model(path):

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import tiny
@@ -31,6 +32,7 @@ def shared(tmp_path_factory):
     place = tmp_path_factory.mktemp("recipes")
     tiny.folder(place / "model")
     tiny.folder(place / "other", seed=3)
+    tiny.folder(place / "jetmoe", "jetmoe")
     return place
 
 
@@ -251,7 +253,48 @@ def chocollama(r: Run):
     assert len(r.sequences[0]) == 128
 
 
+def jetmoe_pretrain(r: Run):
+    """Plain transformers' random start; three stages, in the last of which the worked problems come in."""
+    torch.manual_seed(r.cfg.train.seed)
+    start = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(r.cfg.model.path))
+    each = torch.cat([token_logprobs(start.eval(), s.ids) for s in r.sequences])
+    assert routers_apart(r)[0] == pytest.approx(-each.mean().item(), rel=1e-5)
+    assert prompt_label_counts(r) is True
+    plan = whole_plan(r)
+    assert (plan.steps, plan.warmup) == (300, 15)
+    assert [plan.lr(s) / 5e-4 for s in (0, 14, 240, 270)] == pytest.approx([0.1 + 0.9 / 15, 1, 1, 0.1**0.5])
+    assert plan.lr(299) == pytest.approx(5e-5, rel=0.05)
+    for steps, shares in ((range(240), (0.4, 0.3, 0.3)), (range(240, 300), (0.1, 0.2, 0.7))):
+        rows = [row for s in steps for row in plan.rows(s)]
+        assert len(rows) == 8 * len(steps)
+        got = [sum(p.start <= row < p.stop for row in rows) / len(rows) for p in r.data.parts]
+        assert got == pytest.approx(shares, abs=1 / len(rows))
+
+
+def jetmoe_sft(r: Run):
+    each = torch.cat([scored(r.start, s) for s in r.sequences])
+    assert routers_apart(r)[0] == pytest.approx(-each.mean().item(), rel=1e-5)
+    assert prompt_label_counts(r) is False
+
+
+def jetmoe_dpo(r: Run):
+    assert routers_apart(r)[0] == pytest.approx(LN2, abs=1e-5)
+    assert "   ok" in r.out and routers_apart(r)[-1] != pytest.approx(LN2, abs=1e-9)
+
+
+def routers_apart(r: Run) -> list[float]:
+    """The objective's own losses: without the routers', which are sums over the 12 routers of the small JetMoE."""
+    assert all(12 <= step["aux_loss"] < 24 and step["z_loss"] > 12 for step in r.steps)
+    assert all(0 <= step["router/load_min"] < 1 < step["router/load_max"] <= 4 for step in r.steps)
+    return [step["loss"] - 0.01 * step["aux_loss"] - 0.001 * step["z_loss"] for step in r.steps]
+
+
+BEFORE = {"jetmoe-sft": ("jetmoe-pretrain",), "jetmoe-dpo": ("jetmoe-pretrain", "jetmoe-sft")}
+"""Recipes that go on from another's run."""
 CHECKS = {
+    "jetmoe-pretrain": (jetmoe_pretrain, ()),
+    "jetmoe-sft": (jetmoe_sft, ()),
+    "jetmoe-dpo": (jetmoe_dpo, ()),
     "simpo": (simpo, ONE),
     "quickstart": (simpo, ONE),
     "orpo": (orpo, ONE),
@@ -278,6 +321,8 @@ CHECKS = {
 @pytest.mark.parametrize("name", SMALL)
 def test_it_runs_as_it_is(run, name):
     check, overrides = CHECKS[name]
+    for first in BEFORE.get(name, ()):
+        run(first, "--data.eval", "none", "--train.max_steps", "1", *ONE)
     r = run(name, *overrides)
     assert len(r.steps) == 3 and all(math.isfinite(s["loss"]) and s["grad_norm"] > 0 for s in r.steps)
     assert any("eval_loss" in line for line in (r.path / "metrics.jsonl").read_text().splitlines())
@@ -290,14 +335,16 @@ def test_its_data_can_be_looked_at(shared, monkeypatch, capsys, name):
     monkeypatch.setattr(smollm2, "fetch", lambda: shared / "model")
     text = recipes()[name].read_text()
     long = [] if "pack:" in text else [*LONG[: 2 if "max_prompt_length" not in text else 4], "--data.limit", "24"]
+    long += ["--model.path", "built-in/jetmoe-small"] if name in BEFORE else []
     assert cli.main(["data", str(recipes()[name]), *long]) == 0
     out = capsys.readouterr().out
     assert "[[" in out and "warning" not in out and "dropped 0" in out
     assert ("wanted" in out) == ("epoch_tokens:" in text)
 
 
+MODEL = {"jetmoe-pretrain": "built-in/jetmoe-small", "jetmoe-sft": "jetmoe", "jetmoe-dpo": "jetmoe"}
 FORM = {"kto": "marks", "refuel": "dialogues", "sft": "pairs", "two-part-sft": "parts", "anita-sft": "chats",
-        "ir-qlora": "chats"}  # fmt: skip
+        "ir-qlora": "chats", "jetmoe-sft": "chats"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in recipes() if name.endswith(GPU)])
@@ -328,7 +375,9 @@ def test_the_second_file_trains_too(shared, tmp_path, monkeypatch, capfd, name):
         overrides += ["--model.reference", "start", "--model.previous", "start"]
     if "adamw8bit" in text:
         pytest.importorskip("bitsandbytes")
-    assert cli.main(["train", "r.yaml", "--model.path", "built-in/smollm2", *overrides]) == 0, capfd.readouterr().err
+    model = MODEL.get(name.removesuffix(GPU), "built-in/smollm2")
+    model = str(shared / model) if (shared / model).is_dir() else model
+    assert cli.main(["train", "r.yaml", "--model.path", model, *overrides]) == 0, capfd.readouterr().err
     out = capfd.readouterr().out
     assert "step  1/1" in out and "WARNING" not in out
 

@@ -51,7 +51,7 @@ def registered():
     attention.register()
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "jetmoe"])  # jetmoe: top 2 of 4, attention's experts too
 @pytest.mark.parametrize("tie", [True, False])
 def test_matrix_products_are_what_a_real_step_does(kind, tie):
     model, b = tiny.model(kind, tie=tie), batch((9, (4, 6)), (5, (3, 3)))

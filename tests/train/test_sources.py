@@ -49,6 +49,13 @@ def test_overrides(recipe):
     assert load_config(path, ["--data.train", "007.jsonl"]).data.train == "007.jsonl"
     cfg = load_config(path, ["--data.train", "[{path: x, ratio: 3}, {path: y}]", "--data.epoch_tokens", "5e9"])
     assert cfg.data.train == [Source("x", 3.0), Source("y")] and cfg.data.epoch_tokens == 5_000_000_000
+    stages = ["--data.train", "[{path: x, ratio: [3, 1e-1]}]", "--data.epoch_tokens", "[1e12, 2.5e11]"]
+    cfg = load_config(path, stages)
+    assert cfg.data.train == [Source("x", [3.0, 0.1])] and cfg.data.epoch_tokens == [10**12, 250 * 10**9]
+    path.write_text(dump(cfg))
+    assert load_config(path) == cfg
+    with pytest.raises(ValueError, match=r"data.epoch_tokens: expected at least 1, got \[100, 0\]"):
+        load_config(path, ["--data.epoch_tokens", "[100, 0]"])
 
 
 @pytest.mark.parametrize(
@@ -60,7 +67,18 @@ def test_overrides(recipe):
             [{"path": "a", "ratio": 0}],
             "r.yaml: data.train[0].ratio: expected a number above 0, got 0.0. Leave a source",
         ),
-        ([{"path": "a", "ratio": "much"}], "r.yaml: data.train[0].ratio: expected a number, got a string 'much'."),
+        (
+            [{"path": "a", "ratio": "much"}],
+            "r.yaml: data.train[0].ratio: expected a number or a list of numbers, got a string 'much'.",
+        ),
+        ([{"path": "a", "ratio": []}], "r.yaml: data.train[0].ratio: expected a number above 0, got []."),
+        ([{"path": "a", "ratio": [0, 0]}], "r.yaml: data.train[0].ratio: expected a number above 0, got [0.0, 0.0]."),
+        ([{"path": "a", "ratio": [1, -1]}], "r.yaml: data.train[0].ratio: expected a number above 0, got [1.0, -1.0]"),
+        ([{"path": "a", "ratio": [1, "b"]}], "r.yaml: data.train[0].ratio[1]: expected a number, got a string 'b'."),
+        (
+            [{"path": "a", "ratio": [1, 0]}, {"path": "b", "ratio": [0, 0, 1]}],
+            "r.yaml: data.train: expected a source with a ratio above 0 in each epoch, got none in epoch 2. Give one",
+        ),
         ([{"path": "a", "mask": "ful"}], "r.yaml: data.train[0].mask: expected one of reply, "),
         ([{"path": "a", "limit": 0}], "r.yaml: data.train[0].limit: expected at least 1, got 0."),
         (["a.jsonl"], "r.yaml: data.train[0]: expected a mapping of path, ratio, "),

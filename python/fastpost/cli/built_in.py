@@ -2,6 +2,7 @@
 """What the shipped recipes train and train on, so that they run as they are:
 
     model.path: built-in/smollm2                            SmolLM2-135M-Instruct, from hf/smollm2.py
+    model.path: built-in/jetmoe-small                       a JetMoE to train from scratch, from hf/jetmoe_small.py
     data.train: built-in/word-problems/pairs/train.jsonl    from data/word_problem_forms.py, form and split to choose
 
 `resolve` puts the paths of both, in the user's cache, in place of the names; what is not there yet is made, with a
@@ -21,7 +22,7 @@ from fastpost.train.config import Config
 from fastpost.user_cache import cache_dir
 
 PREFIX = "built-in/"
-MODEL, DATA = f"{PREFIX}smollm2", f"{PREFIX}word-problems/"
+MODEL, SCRATCH, DATA = f"{PREFIX}smollm2", f"{PREFIX}jetmoe-small", f"{PREFIX}word-problems/"
 MODEL_FIELDS = ("path", "reference", "previous")
 
 
@@ -45,10 +46,12 @@ def model(name: str, field: str) -> Path:
     """The folder of a built-in model."""
     from fastpost.hf import smollm2
 
-    if name != MODEL:
-        raise ValueError(f"{field}: expected {MODEL}, the one model that is built in, got {name}.")
+    if name not in (MODEL, SCRATCH):
+        raise ValueError(f"{field}: expected {MODEL} or, to train from scratch, {SCRATCH}, got {name}.")
     try:
         with _alone(cache_dir()):
+            if name == SCRATCH:
+                return _scratch(field)
             if not (cache_dir() / f"{smollm2.NAME}-{smollm2.VERSION}").is_dir():
                 _say(f"{field}: fetching {smollm2.NAME} once (93 MB, then 270 MB in {cache_dir()})")
             return smollm2.fetch()
@@ -56,6 +59,16 @@ def model(name: str, field: str) -> Path:
         raise ValueError(
             f"{field}: {name}: cannot be made here: {error} When you have it, or any other model: --{field} FOLDER."
         ) from None
+
+
+def _scratch(field: str) -> Path:
+    from fastpost.hf import jetmoe_small
+
+    folder = cache_dir() / f"{jetmoe_small.NAME}-{_code()}"
+    if not folder.is_dir():
+        jetmoe_small.write(folder)
+        _say(f"{field}: made {folder}")
+    return folder
 
 
 def data(name: str, field: str) -> str:
@@ -88,10 +101,11 @@ def data(name: str, field: str) -> str:
 
 @functools.cache
 def _code() -> str:
-    """Another generator writes other rows, so it gets a folder of its own."""
+    """Another generator writes other rows, so it gets a folder of its own; its texts also make the tokenizer."""
     from fastpost.data import word_problem_families, word_problem_forms, word_problems
+    from fastpost.hf import jetmoe_small
 
-    modules = (word_problem_families, word_problem_forms, word_problems)
+    modules = (word_problem_families, word_problem_forms, word_problems, jetmoe_small)
     return hashlib.sha256(b"".join(Path(m.__file__).read_bytes() for m in modules)).hexdigest()[:12]
 
 

@@ -46,7 +46,7 @@ def dry_run(cfg: Config, overrides: list[str]) -> None:
     objective = objectives.from_name(cfg.objective.name, **cfg.objective.fields)
     sources, start = reference.sources(cfg.model, objective), start_of(cfg.model)
     changed = f", {' '.join(overrides)}" if overrides else ""
-    balance = routers.of_folder(start.base, cfg.model.router_aux_loss)
+    balance = routers.of_folder(start.base, *routers.asked(cfg.model))
     print(f"config  {objective}, reference {reference.describe(sources)}{changed}")
     print(f"output  {output(cfg)}")
 
@@ -71,7 +71,7 @@ def dry_run(cfg: Config, overrides: list[str]) -> None:
         print("  WARNING: that is more than there is. Lower train.max_tokens_per_micro_batch, or set "
               "train.gradient_checkpointing full or optim.precision pure-bf16.")  # fmt: skip
     del model
-    if has_weights(start.base):
+    if cfg.model.from_scratch or folder.has_weights(start.base):
         print(fake_step(cfg, objective, data["train"], longest, most, expected, sources, device))
     else:
         print(f"step    not computed: {start.base} has no weights yet; its shapes went through")
@@ -126,11 +126,6 @@ def schedule(cfg: Config, plan: Plan, longest: list[int], most: int, flops: floa
         f"steps   {plan.steps} of {cfg.train.batch_size} rows in up to {most} micro-batches (the longest: "
         f"{len(longest)} rows, {size} tokens), {tokens:.3g} tokens, {flops:.2g} FLOPs"
     )
-
-
-def has_weights(path: Path) -> bool:
-    """False for a folder that holds nothing like weights; pickles and adapters are left to load_model to refuse."""
-    return any(path.glob("*.safetensors")) or any(f.suffix in folder.PICKLED for f in path.iterdir())
 
 
 def fake_step(cfg, objective, data: Dataset, rows: list[int], most: int, expected, sources: dict, device) -> str:

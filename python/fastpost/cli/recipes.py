@@ -6,6 +6,7 @@ wants a model and data of yours."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from fastpost.train.config import suggest
@@ -15,8 +16,9 @@ GPU = "-gpu"
 USAGE = """usage: fastpost recipes ls
        fastpost recipes cp NAME [--gpu] [FILE]
 
-NAME runs as it is: SmolLM2-135M and word problems, a few minutes on two CPU cores. --gpu is the authors' settings, to
-be given a model and data. FILE is NAME.yaml (NAME-gpu.yaml) here; an existing file is not overwritten."""
+NAME runs as it is: a small model and word problems, a few minutes on two CPU cores (some go on from another's run, and
+say so). --gpu is the authors' settings, to be given a model and data. FILE is NAME.yaml (NAME-gpu.yaml) here; an
+existing file is not overwritten."""
 
 
 def main(argv: list[str]) -> int:
@@ -48,6 +50,8 @@ def main(argv: list[str]) -> int:
             f"{out}: expected a new file, got one that exists already and is not overwritten. Name another file."
         ) from None
     first = "set model.path and data.train in it, then" if name.endswith(GPU) else "runs as it is"
+    if before := re.search(r"^  path: runs/([\w-]+)", recipes()[name].read_text(encoding="utf-8"), re.M):
+        first = f"goes on from the run of {before[1]} in this folder, then"
     print(f"{out}: {first}\n  fastpost data {out}\n  fastpost train {out}")
     return 0
 

@@ -4,6 +4,9 @@
     mixture = Mixture(data, seed=0, tokens=None, fixed=False)
     mixture.epoch(3)      # indices into data.examples, a pure function of (seed, epoch): nothing runs along
 
+Epochs may differ, so that one is a stage of a training: a source's ratio and the tokens of an epoch may each be a list
+with an entry for each epoch, the last of which holds for those that follow.
+
 Of each source an epoch takes as many rows as come nearest to its quota, which is its ratio of the epoch's tokens: the
 rows of a random draw, made anew each epoch (dynamic) or once (fixed). They come in that order, or in file order when
 the source is not shuffled, and are spread evenly: at any point of the epoch every source has had its share, to within a
@@ -23,25 +26,44 @@ from fastpost.data.loader import order
 class Mixture:
     """Raises ValueError naming the source when an epoch wants more of one than there is and it may not repeat."""
 
-    def __init__(self, data: Dataset, *, seed: int, tokens: int | None = None, fixed: bool = False):
-        self.data, self.seed, self.fixed = data, seed, fixed
-        total = sum(p.source.ratio for p in data.parts)
-        self.ratios = [p.source.ratio / total for p in data.parts]
-        """Shares of the tokens, one per source; they sum to 1."""
+    def __init__(self, data: Dataset, *, seed: int, tokens: int | list[int] | None = None, fixed: bool = False):
+        self.data, self.seed, self.fixed, self._asked = data, seed, fixed, tokens
+        listed = [tokens, *(p.source.ratio for p in data.parts)]
+        self.stages = max(len(value) if isinstance(value, list) else 1 for value in listed)
+        """Epochs that may differ; those that follow are like the last of them."""
         self.have = [int(self._tokens(p).sum()) for p in data.parts]
         """Tokens of each source."""
         self.whole = tokens is None and len(data.parts) == 1
         """Whether every epoch is every row once."""
-        ends = [h / r for h, r, p in zip(self.have, self.ratios, data.parts) if not p.source.repeat]
-        self.tokens = tokens or (math.floor(min(ends)) if ends else sum(self.have))
-        """Tokens of an epoch, to within half a row of each source."""
-        self.quotas = [self.tokens * r for r in self.ratios]
         if not self.whole:
-            self._check()
+            for epoch in range(self.stages):
+                self._check(epoch)
+
+    @property
+    def ratios(self) -> list[float]:
+        """Shares of the tokens in the first epoch."""
+        return self.shares(0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the first epoch, to within half a row of each source."""
+        return self.size(0)
+
+    def shares(self, epoch: int) -> list[float]:
+        """Shares of the tokens of an epoch, one per source; they sum to 1."""
+        ratios = [_of(p.source.ratio, epoch) for p in self.data.parts]
+        return [r / sum(ratios) for r in ratios]
+
+    def size(self, epoch: int) -> int:
+        """Tokens of an epoch: what was asked, or as many as there are before a source runs out."""
+        if self._asked is not None:
+            return _of(self._asked, epoch)
+        ends = [h / r for h, r, p in zip(self.have, self.shares(epoch), self.data.parts) if r and not p.source.repeat]
+        return math.floor(min(ends)) if ends else sum(self.have)
 
     def epoch(self, epoch: int) -> np.ndarray:
         """Indices of the examples of an epoch in their order, int64."""
-        picks = [self._pick(k, epoch) for k in range(len(self.data.parts))]
+        picks = [self._pick(k, epoch) for k, share in enumerate(self.shares(epoch)) if share]
         if len(picks) == 1:
             return picks[0]
         # Where in the epoch the middle of each row lies, as a share of its source's tokens: sorting by that spreads the
@@ -54,30 +76,38 @@ class Mixture:
         return np.concatenate(picks)[np.argsort(np.concatenate(places), kind="stable")]
 
     def lines(self) -> list[str]:
-        """The account for people: what was asked and what the first epoch has of each source."""
+        """The account for people: what was asked and what each epoch that differs has of each source."""
         if self.whole:
             return []
-        drawn = [self.data.examples.tokens[self._pick(k, 0)].sum() for k in range(len(self.data.parts))]
-        given = ":".join(f"{p.source.ratio:g}" for p in self.data.parts)
-        lines = [f"mix    {sum(drawn)} tokens an epoch, ratios {given}, draw {'fixed' if self.fixed else 'dynamic'}"]
-        for part, ratio, got, have in zip(self.data.parts, self.ratios, drawn, self.have):
-            times = f"read {got / have:.2f} times" if got > have else f"{got / have:.1%} of it"
-            lines.append(
-                f"mix    {part.source.path}: wanted {ratio:.2%}, is {got / sum(drawn):.2%} = {got} tokens ({times}), "
-                f"{'shuffled' if part.source.shuffle else 'in file order'}"
-            )
+        lines = []
+        for epoch in range(self.stages):
+            shares, draw = self.shares(epoch), "fixed" if self.fixed else "dynamic"
+            drawn = [self._drawn(k, epoch) if share else 0 for k, share in enumerate(shares)]
+            given = ":".join(f"{_of(p.source.ratio, epoch):g}" for p in self.data.parts)
+            last = " on" if epoch + 1 == self.stages else ""
+            which = "an epoch" if self.stages == 1 else f"in epoch {epoch + 1}{last}"
+            lines.append(f"mix    {sum(drawn)} tokens {which}, ratios {given}, draw {draw}")
+            for part, share, got, have in zip(self.data.parts, shares, drawn, self.have):
+                times = f"read {got / have:.2f} times" if got > have else f"{got / have:.1%} of it"
+                lines.append(
+                    f"mix    {part.source.path}: wanted {share:.2%}, is {got / sum(drawn):.2%} = {got} tokens "
+                    f"({times}), {'shuffled' if part.source.shuffle else 'in file order'}"
+                )
         return lines
+
+    def _drawn(self, k: int, epoch: int) -> int:
+        return int(self.data.examples.tokens[self._pick(k, epoch)].sum())
 
     def _pick(self, k: int, epoch: int) -> np.ndarray:
         """Indices of source k's rows in an epoch, in the order in which they come."""
-        part, quota = self.data.parts[k], self.quotas[k]
+        part = self.data.parts[k]
         draw = 0 if self.fixed else epoch
         # The first source of all is drawn as a single file is, so that adding nothing changes nothing.
         seed = f"{self.seed}/{k}" if k else self.seed
         if self.whole:
             rows = np.array(order(seed, epoch, part.stop - part.start, part.source.shuffle))
             return rows + part.start
-        tokens, passes, left = self._tokens(part), [], quota
+        tokens, passes, left = self._tokens(part), [], self.size(epoch) * self.shares(epoch)[k]
         while left > 0:
             n = len(passes)
             rows = np.array(order(f"{seed}/pass {n}" if n else seed, draw, len(tokens)))
@@ -96,16 +126,22 @@ class Mixture:
     def _tokens(self, part: Part) -> np.ndarray:
         return self.data.examples.tokens[part.start : part.stop]
 
-    def _check(self) -> None:
-        for k, part in enumerate(self.data.parts):
-            over = self.quotas[k] - self.have[k]
-            if over >= self._tokens(part).max() and not part.source.repeat:
-                most = math.floor(self.have[k] / self.ratios[k])
+    def _check(self, epoch: int) -> None:
+        tokens = self.size(epoch)
+        for k, (part, share) in enumerate(zip(self.data.parts, self.shares(epoch))):
+            wanted = tokens * share
+            if wanted - self.have[k] >= self._tokens(part).max() and not part.source.repeat:
+                which = f"epoch {epoch + 1}" if self.stages > 1 else "an epoch"
                 raise ValueError(
-                    f"[data] data.train[{k}] {part.source.path}: runs out: an epoch of {self.tokens} tokens wants "
-                    f"{self.quotas[k]:.0f} of it ({self.ratios[k]:.2%}), and it has {self.have[k]}. Set its repeat to "
-                    f"true, or data.epoch_tokens to at most {most}."
+                    f"[data] data.train[{k}] {part.source.path}: runs out: {which} of {tokens} tokens wants "
+                    f"{wanted:.0f} of it ({share:.2%}), and it has {self.have[k]}. Set its repeat to "
+                    f"true, or data.epoch_tokens to at most {math.floor(self.have[k] / share)}."
                 )
+
+
+def _of(value, epoch: int):
+    """The entry of a list that holds for `epoch`, or the one number that holds for all."""
+    return value[min(epoch, len(value) - 1)] if isinstance(value, list) else value
 
 
 def updated_ratios(ratios: Sequence[float], factors: Sequence[float]) -> list[float]:

@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as hf_logging
 
@@ -105,32 +105,19 @@ def load_model(
     four_bit = is_quantized(path)
     for file in () if four_bit else weight_files(path):
         header(file)
-    attention.register()
-    name = attention.NAME if attention_name == "packed" else attention_name
-    known = sorted(k for k in ALL_ATTENTION_FUNCTIONS if "|" not in k and not k.startswith("fastpost"))
-    if name not in (attention.NAME, "eager", *known):
-        raise ValueError(
-            f"[hf] model.attention: expected packed or a name that transformers knows, got {name!r}. Known: "
-            f"{', '.join(known)}."
-        )
-    bar = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        with waiting(f"load {path}"):
-            if four_bit:
-                from fastpost.hf.int4_folder import load_int4
+    name = _attention(attention_name)
+    with _no_bar(), waiting(f"load {path}"):
+        if four_bit:
+            from fastpost.hf.int4_folder import load_int4
 
-                model = load_int4(path, dtype, name)
-                if check:
-                    verify(model)
-                return model
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, attn_implementation=name, use_safetensors=True, local_files_only=True,
-                trust_remote_code=False, output_loading_info=True,
-            )  # fmt: skip
-    finally:
-        if bar:
-            hf_logging.enable_progress_bar()
+            model = load_int4(path, dtype, name)
+            if check:
+                verify(model)
+            return model
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=name, use_safetensors=True, local_files_only=True,
+            trust_remote_code=False, output_loading_info=True,
+        )  # fmt: skip
     for what in ("missing_keys", "mismatched_keys"):
         if loading[what]:
             keys = sorted(str(k) for k in loading[what])
@@ -143,6 +130,66 @@ def load_model(
     if check:
         verify(model)
     return model
+
+
+def new_model(path: str | Path, dtype: torch.dtype, attention_name: str = "packed", *, seed: int = 0):
+    """The causal LM of a folder without weights, drawn as transformers' own initialisation draws it: the same numbers
+    for the same seed, on every rank. They are drawn in float32 and rounded to `dtype`."""
+    path = check_new(path)
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    name = _attention(attention_name)
+    with waiting(f"draw {path}"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=name)
+    return model.to(dtype).eval()
+
+
+def check_new(path: str | Path) -> Path:
+    """The folder, if it is one of config.json and tokenizer without weights. Raises ValueError otherwise."""
+    path = _checked(path)
+    if has_weights(path):
+        found = min(f.name for f in path.iterdir() if f.suffix in (".safetensors", *PICKLED))
+        raise ValueError(
+            f"[train] model.from_scratch: expected a folder with config.json and tokenizer but no weights, got {path} "
+            f"with {found}. Leave it out to train these weights, or copy config.json and the tokenizer's files into a "
+            "folder of their own."
+        )
+    if is_quantized(path):
+        raise ValueError(
+            f"[train] model.from_scratch: expected a config.json without quantization_config, got {path}. Take it out: "
+            "a new model is trained in floating point."
+        )
+    return path
+
+
+def has_weights(path: Path) -> bool:
+    """False for a folder that holds nothing like weights; pickles and adapters are left to load_model to refuse."""
+    return any(path.glob("*.safetensors")) or any(f.suffix in PICKLED for f in path.iterdir())
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Without transformers' own progress bars: `waiting` says what is going on."""
+    before = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            hf_logging.enable_progress_bar()
+
+
+def _attention(name: str) -> str:
+    """What transformers calls model.attention. Raises ValueError for a name that it does not know."""
+    attention.register()
+    name = attention.NAME if name == "packed" else name
+    known = sorted(k for k in ALL_ATTENTION_FUNCTIONS if "|" not in k and not k.startswith("fastpost"))
+    if name not in (attention.NAME, "eager", *known):
+        raise ValueError(
+            f"[hf] model.attention: expected packed or a name that transformers knows, got {name!r}. Known: "
+            f"{', '.join(known)}."
+        )
+    return name
 
 
 def is_quantized(path: str | Path) -> bool:
@@ -178,12 +225,15 @@ def save_folder(
     model, source: str | Path, out: str | Path, dtype: torch.dtype | None = None, *, unchanged: Collection[str] = ()
 ) -> Path:
     """Write `model` as the folder `source` with other numbers: same keys, same shards, every other file byte for byte.
+    A `source` without weights (a model that was trained from scratch) leaves keys and shards to transformers.
 
-    dtype None = each tensor in the dtype it has in `source`. `unchanged`: keys whose tensors are taken from `source`
-    (frozen weights, of which the model may hold a rounded copy). Written beside `out` and renamed, so `out` is whole or
-    absent. Of a sharded model one rank calls this while the others call `give_parts`. Raises ValueError when `out`
-    exists and is not empty."""
+    dtype None = each tensor in the dtype it has in `source`, or in the model. `unchanged`: keys whose tensors are taken
+    from `source` (frozen weights, of which the model may hold a rounded copy). Written beside `out` and renamed, so
+    `out` is whole or absent. Of a sharded model one rank calls this while the others call `give_parts`. Raises
+    ValueError when `out` exists and is not empty."""
     source, out = _checked(source), Path(out)
+    if not has_weights(source):
+        dtype = dtype or model.dtype
     with written_aside(out) as aside:
         with waiting(f"save {out}", lambda: _written(aside), _size(model, source, dtype), "MB"):
             _write_weights(model, source, aside, dtype, unchanged)
@@ -240,7 +290,8 @@ def weight_files(path: Path) -> list[Path]:
             "Convert it where you trust it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)."
         )
     adapter = " It is an adapter: give the folder of its base model." if (path / "adapter_config.json").exists() else ""
-    raise ValueError(f"{path}: expected model*.safetensors, found none.{adapter or FETCH}")
+    scratch = " To train its config.json from a random start: model.from_scratch."
+    raise ValueError(f"{path}: expected model*.safetensors, found none.{adapter or FETCH + scratch}")
 
 
 def _checked(path: str | Path) -> Path:
@@ -291,7 +342,7 @@ def header(file: Path) -> dict[str, dict]:
 def _layout(model, source: Path) -> tuple[dict[Path, dict], dict[str, torch.Tensor], bool]:
     """(header of each file of `source`, the model's tensors, whether transformers renamed or fused tensors on the way
     in, as it does for mixtures of experts; only it knows how to undo that)."""
-    headers = {file: header(file) for file in weight_files(source)}
+    headers = {file: header(file) for file in (weight_files(source) if has_weights(source) else ())}
     wanted = {key for entries in headers.values() for key in entries}
     state = model.state_dict()
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
@@ -306,12 +357,11 @@ def _write_weights(model, source: Path, out: Path, dtype: torch.dtype | None, un
         complete = ((key, whole(value)) for key, value in state.items())
         # Put together from shards, the two of a tied pair no longer share memory, by which transformers knows them.
         second = set(getattr(model, "all_tied_weights_keys", None) or {}) - wanted
-        model.save_pretrained(
-            out,
-            state_dict={k: v.to("cpu", kind) if v.is_floating_point() else v for k, v in complete if k not in second},
-        )
+        state = {k: v.to("cpu", kind) if v.is_floating_point() else v for k, v in complete if k not in second}
+        with _no_bar():
+            model.save_pretrained(out, state_dict=state)
         written = {key for file in out.glob("*.safetensors") for key in header(file)}
-        if written != wanted:
+        if wanted and written != wanted:
             missing, extra = sorted(wanted - written)[:3], sorted(written - wanted)[:3]
             raise ValueError(
                 f"[save] {type(model).__name__}: keys would change: missing {missing}, new {extra}. Nothing is kept."

@@ -65,6 +65,10 @@ class ModelConfig:
     path: str = ""
     """The model to train: a Hugging Face folder (config.json, safetensors weights, tokenizer), an adapter folder of
     peft (its base model with the adapter, which goes on training) or the folder of an earlier run. Required."""
+    from_scratch: bool = False
+    """Start from random weights, by transformers' own initialisation with train.seed, instead of trained ones;
+    model.path is then a folder with config.json and tokenizer but no weights. The result is float32 (bf16 with
+    precision pure-bf16)."""
     adapter: str = ""
     """An adapter folder to go on training upon model.path, when its adapter_config.json does not name the base model's
     folder."""
@@ -84,6 +88,12 @@ class ModelConfig:
     router_aux_loss: float | None = None
     """Weight of the load-balancing loss of a mixture of experts, which is part of `loss` and logged as aux_loss. None =
     the model's own (router_aux_loss_coef in its config.json); 0 = off."""
+    router_z_loss: float = 0.0
+    """Weight of the routers' z loss, the mean of logsumexp(logits)^2, which keeps their logits small; logged as z_loss.
+    JetMoE trains with 0.001."""
+    router_loss: Literal["transformers", "jetmoe"] = "transformers"
+    """Over what the two are taken. transformers = means over all layers together; a balanced top k router has k. jetmoe
+    = summed over the routers of attention and MLPs in all layers; each has 1 when balanced."""
     train: list[str] = field(default_factory=list)
     """Train only what one of these matches; [] = everything. last:4 and first:5 are so many of the layers; anything
     else is a regular expression over parameter names, e.g. [last:4, lm_head]."""
@@ -130,9 +140,10 @@ class DataConfig:
     unmasked-blocks = they do, as in much pre-training. Batch sizes then count blocks."""
     min_length: int = 0
     """Rows (documents) of fewer tokens are left out and counted."""
-    epoch_tokens: int | None = None
+    epoch_tokens: int | list[int] | None = None
     """Tokens of one epoch, shared out by the sources' ratios. None = as many as there are before a source that may not
-    repeat runs out (all, when there is one source)."""
+    repeat runs out (all, when there is one source). A list has a number for each epoch, the last of which holds from
+    there on: with ratios in lists, too, an epoch is a stage of the training."""
     draw: Literal["dynamic", "fixed"] = "dynamic"
     """Which rows an epoch takes of a source that has more than its share. dynamic = drawn anew each epoch; fixed = the
     same ones every epoch."""
@@ -237,7 +248,7 @@ class TrainConfig:
     gradient_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """What the backward pass recomputes to save memory. selective = all but matrix products and attention: half the
     activations for about 5 % more time; full = each layer from its input: a tenth of them for 15 to 30 %. auto =
-    selective on a CPU, none on a GPU."""
+    selective on a CPU, none on a GPU and for models that transformers cannot recompute."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several ranks (torchrun) hold the model. ddp = a copy each; fsdp = a part each, gathered layer by layer. auto
     = ddp where a copy takes up to 16 GB (1e9 trained weights), else fsdp."""
@@ -437,7 +448,7 @@ def _check(cfg: Config, where: str) -> None:
     if isinstance(cfg.data.train, list):
         check_sources(cfg.data, where)
     at_least = {
-        "model.router_aux_loss": 0, "data.min_length": 0, "data.epoch_tokens": 1,
+        "model.router_aux_loss": 0, "model.router_z_loss": 0, "data.min_length": 0, "data.epoch_tokens": 1,
         "data.max_length": 2, "data.max_prompt_length": 1, "data.limit": 1, "data.eval_limit": 1, "train.epochs": 1,
         "train.max_steps": 1, "train.batch_size": 1, "train.max_tokens_per_micro_batch": 1, "train.micro_batch_size": 1,
         "train.save_every": 0, "train.keep_latest": 1, "train.eval_every": 0, "train.threads": 1, "log.every": 1,
@@ -449,7 +460,8 @@ def _check(cfg: Config, where: str) -> None:
     for name, least in at_least.items():
         group, key = name.split(".")
         value = getattr(getattr(cfg, group), key)
-        if value is not None and not value >= least:  # written so that NaN fails too
+        values = value if isinstance(value, list) else [value]
+        if value is not None and (not values or not all(v >= least for v in values)):  # written so that NaN fails too
             raise ValueError(f"{where}: {name}: expected at least {least}, got {value}. Set it to that or more.")
     for key in ("warmup_ratio", "warmup_from", "min_lr_ratio", "stable_ratio"):
         value = getattr(cfg.optim, key)
@@ -492,6 +504,15 @@ def _check(cfg: Config, where: str) -> None:
         raise ValueError(f"{where}: model.lora.connections: expected false without a new adapter, got true. Set "
                          "model.lora.rank.")  # fmt: skip
     _check_quantize(cfg.model.quantize, where)
+    if cfg.model.from_scratch:
+        m = cfg.model
+        parts = {"adapter": m.adapter, "lora.rank": m.lora.rank, "train": m.train, "freeze": m.freeze}
+        for name, value in {**parts, "quantize.scheme": m.quantize.scheme}.items():
+            if value and value != "none":
+                raise ValueError(
+                    f"{where}: model.{name}: expected nothing with model.from_scratch, which trains every weight of a "
+                    f"new model, got {value}. Leave one of them out."
+                )
     if cfg.data.share_prompt and cfg.model.attention != "packed":
         raise ValueError(
             f"{where}: data.share_prompt: expected false with attention '{cfg.model.attention}', which cannot share "

@@ -19,7 +19,7 @@ from . import reference, routers
 from .config import Config
 from .device import pick_device
 from .distributed import ALONE, Ranks, Turns
-from .forward import base_format, forward, lengths, start_of
+from .forward import base_format, forward, lengths, start_model, start_of
 from .metrics import Sums, add_output
 from .mismatched import Mismatched, given
 from .optim import COMPUTE_DTYPE
@@ -31,8 +31,9 @@ def evaluate(
     model: torch.nn.Module, objective, batches: Iterable[Batch], temperature: float = 1.0, *,
     idle: Iterable[Batch] = (), ranks: Ranks = ALONE,
 ) -> dict[str, float]:  # fmt: skip
-    """Means over all rows of the `batches` of all ranks under TRL's names, plus `rows`, their number. `loss` and
-    `aux_loss` mean what they do in training. The model's mode and state are left alone. `idle`: see train_step."""
+    """Means over all rows of the `batches` of all ranks under TRL's names, plus `rows`, their number. `loss`,
+    `aux_loss` and the like mean what they do in training. The model's mode and state are left alone. `idle`: see
+    train_step."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     sums, rows = Sums(), 0
@@ -78,6 +79,8 @@ def evaluate_config(cfg: Config, path: Path | None = None) -> dict[str, float]:
     parts = data.micro_batches(rows, cfg.train.max_tokens_per_micro_batch, cfg.train.micro_batch_size)
 
     def load(place: folder.Place) -> torch.nn.Module:
+        if place == start and cfg.model.from_scratch:
+            return start_model(cfg, dtype).to(device)
         model = adapter.load_place(place, dtype, cfg.model.attention)
         if place == start and place.adapter is None:
             base_format(cfg.model).apply(model)
@@ -95,7 +98,7 @@ def evaluate_config(cfg: Config, path: Path | None = None) -> dict[str, float]:
         say=to_stderr,
     )
     model = load(folder.locate(path) if path else start)
-    routers.attach(model, cfg.model.router_aux_loss)
+    routers.attach(model, *routers.asked(cfg.model))
     batches = map(data.batch, progress(parts, "evaluate", unit="batches"))
     kl = others.estimate(model, "eval", Turns(parts, []))
     values = evaluate(model, objective, given(batches, kl), cfg.model.temperature)

@@ -13,7 +13,7 @@ from fastpost.hf import adapter, folder, int4_folder, int4_lora
 
 from . import averaging, checkpoint
 from .config import load_config
-from .forward import load_policy, start_of
+from .forward import load_policy, start_model, start_of
 from .freezing import frozen_names
 from .optim import AdamW
 from .result import average as average_of
@@ -62,7 +62,7 @@ def export(
     if updates and adapted:
         raise ValueError("[export] --updates: an adapter leaves the layers as they are. Leave --updates out.")
     if updates:
-        start = folder.load_model(load_config(run / "config.yaml").model.path, torch.float32, "sdpa", check=False)
+        start = start_model(load_config(run / "config.yaml"), torch.float32)
         say(averaging.report(averaging.layer_updates(model, start)))
     if merge and not adapted:
         raise ValueError(f"[export] --merge: {run} is a whole model, there is no adapter to merge. Leave --merge out.")

@@ -31,14 +31,16 @@ SHARDED = "fastpost_forward"
 
 class Output(NamedTuple):
     """fastpost.PreferenceOutput (P: pairs, or sequences for objectives without; S: sequences), all float32 but length,
-    and the loss of the routers."""
+    and the losses of the routers, without their weights: None where none is wanted."""
 
     loss: torch.Tensor  # []
     losses: torch.Tensor  # [P]
     logprob: torch.Tensor  # [S]
     rewards: torch.Tensor  # [S]
     length: torch.Tensor  # [S] int32
-    aux_loss: torch.Tensor | None  # [] routers.load_balance, without its weight; None where none is wanted
+    aux_loss: torch.Tensor | None  # []
+    z_loss: torch.Tensor | None  # []
+    chosen: torch.Tensor | None  # [routers, experts] int32: tokens of each expert
 
 
 def forward(model: torch.nn.Module, batch: Batch, objective, temperature: float = 1.0) -> Output:
@@ -57,13 +59,13 @@ def compute(model: torch.nn.Module, batch: Batch, objective, temperature: float 
     h, balance = head(model), routers.on(model)
     out = outputs(model, batch, **({"output_router_logits": True} if balance else {}))
     hidden = out.last_hidden_state[0]
-    aux_loss = routers.load_balance(out.router_logits, balance.top_k) if balance else None
+    routed = routers.losses(out.router_logits, balance.top_k, balance.convention) if balance else (None, None, None)
     columns = {name: getattr(batch, name) for name in ("reference_logprob", "previous_logprob", "reward", "kl")}
     options = {"temperature": h.temperature * temperature, "softcap": h.softcap}
     if isinstance(h.weight, DTensor):
         logprob = fsdp_head_logprob(hidden, h.weight, batch.target, gradient="sum", **options)
         scored = fastpost.preference_loss_from_logprob(logprob, batch.target, batch.cu_scored, objective, **columns)
-        return Output(*scored, aux_loss)
+        return Output(*scored, *routed)
     scored = fastpost.preference_loss(
         hidden,
         h.weight,
@@ -75,7 +77,7 @@ def compute(model: torch.nn.Module, batch: Batch, objective, temperature: float 
         **columns,
         **options,
     )
-    return Output(*scored, aux_loss)
+    return Output(*scored, *routed)
 
 
 def schedule(model: torch.nn.Module, batch: Batch, objective):
@@ -101,7 +103,7 @@ def load_policy(cfg: Config, device: torch.device, *, move: bool = True) -> torc
     start, compute = start_of(cfg.model), COMPUTE_DTYPE[cfg.optim.precision]
     dtype = torch.float32 if has_masters(cfg) else compute
     base = base_format(cfg.model)
-    model = folder.load_model(start.base, dtype, cfg.model.attention, check=False)
+    model = start_model(cfg, dtype)
     if done := base.apply(model, device if device.type == "cuda" else None):
         print(f"base   {base.scheme}, groups of {base.group_size}: {done.line()}", flush=True)
     if start.adapter:
@@ -117,10 +119,18 @@ def load_policy(cfg: Config, device: torch.device, *, move: bool = True) -> torc
                 "folder again."
             )
     verify(model)
-    routers.attach(model, cfg.model.router_aux_loss)
+    routers.attach(model, *routers.asked(cfg.model))
     freeze(model, cfg.model.train, cfg.model.freeze)
     recompute(lora.inner(model), cfg.train.gradient_checkpointing, device)
     return model.to(device) if move else model
+
+
+def start_model(cfg: Config, dtype: torch.dtype) -> torch.nn.Module:
+    """The model that training starts from, without an adapter: of the folder's weights, or drawn at random."""
+    base = start_of(cfg.model).base
+    if cfg.model.from_scratch:
+        return folder.new_model(base, dtype, cfg.model.attention, seed=cfg.train.seed)
+    return folder.load_model(base, dtype, cfg.model.attention, check=False)
 
 
 def base_format(cfg: ModelConfig) -> BaseFormat:
@@ -155,6 +165,8 @@ def has_masters(cfg: Config) -> bool:
     """Whether bf16 training keeps float32 masters of weights that the model came with, so must load them as float32."""
     if cfg.optim.precision != "bf16":
         return False
+    if cfg.model.from_scratch:
+        return True
     start, own = start_of(cfg.model), cfg.model.lora
     if start.adapter:  # what it trained whole is float32 in its file; the rest is frozen
         return bool(adapter.read_config(start.adapter).get("modules_to_save"))
@@ -163,8 +175,11 @@ def has_masters(cfg: Config) -> bool:
 
 
 def start_of(cfg: ModelConfig) -> folder.Place:
-    """The folders that training starts from. Raises ValueError when settings name two adapters to train."""
+    """The folders that training starts from. Raises ValueError when settings name two adapters to train, and when
+    model.from_scratch finds weights."""
     place = folder.locate(cfg.path)
+    if cfg.from_scratch:
+        folder.check_new(cfg.path if place.adapter else place.base)
     if cfg.adapter:
         if place.adapter is not None:
             raise ValueError(

@@ -63,7 +63,7 @@ def _train(cfg: Config, run: RunFolder, ranks: Ranks) -> None:
         moments.library()
     objective = objectives.from_name(cfg.objective.name, **cfg.objective.fields)
     sources = reference.sources(cfg.model, objective)
-    balance = routers.of_folder(start_of(cfg.model).base, cfg.model.router_aux_loss)
+    balance = routers.of_folder(start_of(cfg.model).base, *routers.asked(cfg.model))
     tokenizer = folder.load_tokenizer(cfg.model.path)
     data = load_data(cfg, tokenizer, objective, sources)
     others = Mismatched(cfg, objective, sources, data)

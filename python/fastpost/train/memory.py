@@ -19,6 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.models.jetmoe.modeling_jetmoe import JetMoeTopKGating
 
 from fastpost.data.collate import Batch
 from fastpost.hf import adapter, folder, lora
@@ -70,6 +71,9 @@ def shape_model(path: str | Path, dtype: torch.dtype) -> torch.nn.Module:
         del config.quantization_config
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
+    for module in model.modules():
+        if isinstance(getattr(module, "router", None), JetMoeTopKGating):
+            module.router = _EvenRouter(module.router)
     if four_bit:  # groups of 128 stand for whatever they are
         quantize_linears(model, group_size=128)
     return model
@@ -118,6 +122,22 @@ def shape_step(model: torch.nn.Module, batch: Batch) -> None:
     ids, positions = (torch.empty((1, batch.tokens), dtype=torch.int64, device="meta") for _ in range(2))
     hidden = lora.inner(model).base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
     _Head.apply(hidden, model.get_output_embeddings().weight).backward()
+
+
+class _EvenRouter(torch.nn.Module):
+    """A JetMoE router that gives every expert as many tokens: the loop of transformers' experts asks for numbers."""
+
+    def __init__(self, router: JetMoeTopKGating):
+        super().__init__()
+        self.layer, self.top_k = router.layer, router.top_k
+
+    def forward(self, hidden: torch.Tensor):
+        logits = self.layer(hidden).float()
+        best, index = logits.topk(self.top_k, dim=1)
+        order, experts = index.flatten().sort(0)[1], logits.shape[1]
+        gates = best.softmax(1).type_as(hidden).flatten()[order]
+        sizes = [(i + 1) * len(order) // experts - i * len(order) // experts for i in range(experts)]
+        return order, order.div(self.top_k, rounding_mode="trunc"), gates, sizes, logits
 
 
 def _grouped_shape(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, *_, **__) -> torch.Tensor:

@@ -35,11 +35,16 @@ class Sums:
     def __init__(self):
         self._sums: dict[str, list[torch.Tensor]] = {}
         self._counts: dict[str, float] = {}
+        self._chosen: torch.Tensor | None = None
 
     def add(self, name: str, values: torch.Tensor, count: float | None = None) -> None:
         """Add `values` (any shape); `count` is their number unless the mean is over something else (tokens)."""
         self._sums.setdefault(name, []).append(values.detach().double().sum())
         self._counts[name] = self._counts.get(name, 0) + (values.numel() if count is None else count)
+
+    def add_chosen(self, chosen: torch.Tensor) -> None:
+        """Tokens of each router's experts (routers.Losses.chosen)."""
+        self._chosen = chosen.long() if self._chosen is None else self._chosen + chosen
 
     def means(self, ranks: Ranks = ALONE) -> dict[str, float]:
         """Sums and counts of all ranks, then one division each; a rank may have none of a name. Waits for the device
@@ -47,16 +52,22 @@ class Sums:
         totals = torch.stack([torch.stack(parts).sum() for parts in self._sums.values()]).tolist() if self._sums else []
         own = {name: (total, self._counts[name]) for name, total in zip(self._sums, totals, strict=True)}
         both: dict[str, tuple[float, float]] = {}
-        for of_rank in ranks.gather(own):
+        gathered = ranks.gather((own, self._chosen if self._chosen is None else self._chosen.tolist()))
+        for of_rank, _ in gathered:
             for name, (total, count) in of_rank.items():
                 before = both.get(name, (0.0, 0))
                 both[name] = (before[0] + total, before[1] + count)
-        return {name: total / count for name, (total, count) in both.items()}
+        values = {name: total / count for name, (total, count) in both.items()}
+        if chosen := [torch.tensor(of_rank) for _, of_rank in gathered if of_rank is not None]:
+            total = torch.stack(chosen).sum(0).double()
+            loads = total * total.shape[1] / total.sum(1, keepdim=True)  # 1 = an even share
+            values |= {"router/load_max": float(loads.max()), "router/load_min": float(loads.min())}
+        return values
 
 
 def add_output(sums: Sums, objective, batch, output, count: float) -> None:
     """Add the numbers of forward's Output under TRL's names. `count` is what the loss of this micro-batch is divided
-    by; aux_loss is weighted by tokens.
+    by; aux_loss and z_loss are weighted by tokens.
 
     rewards/*: implicit rewards as the objective defines them; logps/*: summed log-probs per sequence; pairs: chosen =
     2i, rejected = 2i+1. Unpaired rows with a reward: above 0 is chosen.
@@ -64,6 +75,8 @@ def add_output(sums: Sums, objective, batch, output, count: float) -> None:
     sums.add("loss", output.losses, count)
     if output.aux_loss is not None:
         sums.add("aux_loss", output.aux_loss * batch.tokens, batch.tokens)
+        sums.add("z_loss", output.z_loss * batch.tokens, batch.tokens)
+        sums.add_chosen(output.chosen)
     rewards, logprob = output.rewards.detach(), output.logprob.detach()
     if objective.paired:
         chosen, rejected = rewards[0::2], rewards[1::2]
@@ -189,6 +202,7 @@ def _brief(values: dict) -> list[str]:
         parts += [f"margin {values['rewards/margins']:.3f}", f"acc {values['rewards/accuracies']:.2f}"]
     if "aux_loss" in values:
         parts.append(f"aux {values['aux_loss']:.3f}")
+        parts.append(f"load {values['router/load_min']:.2f}-{values['router/load_max']:.2f}")
     return parts
 
 

@@ -10,15 +10,22 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 
 def recompute(model: torch.nn.Module, how: str, device: torch.device) -> None:
-    """Switch on "none", "selective", "full" or "auto" (selective on a CPU, none elsewhere).
+    """Switch on "none", "selective", "full" or "auto" (selective on a CPU, none elsewhere and where transformers cannot
+    do it with the model). Raises ValueError for what it cannot do.
 
     selective keeps the results of matrix products and attention and recomputes the cheap rest (norms, rotations,
     activations, products), which is two thirds of what autograd would keep. Results are the same bits either way.
     """
+    able = getattr(model, "supports_gradient_checkpointing", True)
     if how == "auto":
-        how = "selective" if device.type == "cpu" else "none"
+        how = "selective" if device.type == "cpu" and able else "none"
     if how == "none":
         return
+    if not able:
+        raise ValueError(
+            f"[train] train.gradient_checkpointing: expected auto or none, because transformers cannot recompute "
+            f"{type(model).__name__}, got {how}. Lower train.max_tokens_per_micro_batch to save memory."
+        )
     options = {"use_reentrant": False}
     if how == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)

@@ -161,6 +161,11 @@ def _check(cfg: ModelConfig, field: str, source: str) -> None:
             "start is that adapter as it is now, frozen. If you do mean the model without it, name it by its path: "
             f"--model.{field} {place.base}"
         )
+    if source in ("start", "base") and cfg.from_scratch:
+        raise ValueError(
+            f"[train] model.{field}: expected columns or the folder of a model, because model.from_scratch starts from "
+            f"random weights, which are no reference, got '{source}'. Name a trained model."
+        )
     words = ("start", "base", "columns", *(("previous",) if field == "reference" else ()))
     if source not in words:
         path = Path(source).expanduser()

@@ -45,7 +45,7 @@ def write(cfg: Config, run: RunFolder, model: torch.nn.Module, optimizer, ranks:
                 shutil.rmtree(average(out), ignore_errors=True)  # of an end that was cut short
             with optimizer.ema.applied(torch.float32):
                 save(average(out))
-        if adapted or wider_than_bf16(place.base):
+        if adapted or cfg.model.from_scratch or wider_than_bf16(place.base):
             optimizer.widen()
         optimizer.drop()
         save(out)

@@ -19,8 +19,9 @@ class Source:
 
     path: str = ""
     """A .jsonl, .json or .parquet file."""
-    ratio: float = 1.0
-    """Its share of an epoch's tokens, relative to the other ratios; they need not sum to 1."""
+    ratio: float | list[float] = 1.0
+    """Its share of an epoch's tokens, relative to the other ratios; they need not sum to 1. A list has one for each
+    epoch, the last of which holds from there on, and may have zeros."""
     repeat: bool = False
     """What happens when an epoch wants more tokens than there are: True = the source is read again, False = an
     error."""
@@ -56,7 +57,10 @@ def check_sources(data: DataConfig, where: str) -> None:
         name = f"data.train[{i}]"
         if not source.path:
             raise ValueError(f"{where}: {name}.path: expected a path, got nothing. Every source names its file.")
-        if not 0 < source.ratio < float("inf"):
+        ratios = source.ratio if isinstance(source.ratio, list) else [source.ratio]
+        if isinstance(source.ratio, list) and any(source.ratio):  # zeros are for the epochs that do without it
+            ratios = [r for r in ratios if r]
+        if not ratios or not all(0 < r < float("inf") for r in ratios):
             raise ValueError(
                 f"{where}: {name}.ratio: expected a number above 0, got {source.ratio}. Leave a source out to skip it."
             )
@@ -65,3 +69,10 @@ def check_sources(data: DataConfig, where: str) -> None:
         for key in ("format", "mask", "pack"):
             if getattr(source, key) is not None:
                 convert(getattr(source, key), kinds[key], f"{name}.{key}", where)
+    lists = [s.ratio if isinstance(s.ratio, list) else [s.ratio] for s in data.train]
+    for epoch in range(max(map(len, lists))):
+        if not any(ratios[min(epoch, len(ratios) - 1)] for ratios in lists):
+            raise ValueError(
+                f"{where}: data.train: expected a source with a ratio above 0 in each epoch, got none in epoch "
+                f"{epoch + 1}. Give one of them a ratio there."
+            )

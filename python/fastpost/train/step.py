@@ -43,8 +43,9 @@ def train_step(
     changes neither loss nor gradient. `idle`: batches that a sharded rank computes for the others' sake; they weigh
     nothing.
 
-    With balanced routers (a mixture of experts) the loss has weight * aux_loss in it, a mean over micro-batches
-    weighted by tokens, to which it matters a little which rows share a micro-batch: see routers.load_balance.
+    With balanced routers (a mixture of experts) the loss has weight * aux_loss + z_weight * z_loss in it, means over
+    micro-batches weighted by tokens, to the first of which it matters a little which rows share a micro-batch: see
+    routers.losses.
     """
     counts = [float(objective.count(lengths(b))) for b in batches]
     denominator = ranks.sum(sum(counts))
@@ -57,7 +58,7 @@ def train_step(
             output = forward(model, batch, objective, temperature)
             loss = output.losses.sum() / denominator
             if balance:
-                loss = loss + balance.weight * (batch.tokens / tokens) * output.aux_loss
+                loss = loss + batch.tokens / tokens * routers.weighted(balance, output.aux_loss, output.z_loss)
             loss.backward()
             add_output(sums, objective, batch, output, count)
             losses.append(output.losses.detach())

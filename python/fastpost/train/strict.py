@@ -184,8 +184,8 @@ def _type_name(kind: Any) -> str:
     if origin is tuple:
         return f"a list of {len(args)} numbers"
     if origin is list:
-        many = "mappings" if dataclasses.is_dataclass(args[0]) else "strings" if args[0] is str else "names"
-        return f"a list of {many}"
+        kinds = {str: "strings", int: "numbers", float: "numbers"}
+        return f"a list of {'mappings' if dataclasses.is_dataclass(args[0]) else kinds.get(args[0], 'names')}"
     if dataclasses.is_dataclass(kind):
         return f"a mapping of {', '.join(names(kind))}"
     return kinds.get(origin or kind, str(kind))
