@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""moe_combine: weighted sums of experts' rows, back at the tokens, and the gradients of rows and gates. Bound by memory:
+"""moe_combine: weighted sums of experts' rows, back at the tokens, and gradients of rows and gates. Bound by memory:
 forward reads K rows a token and writes one; backward reads the token's gradient and K rows and writes K."""
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def case(options, t, k, e, h, dtype, backward) -> Case:
 def index_add(y, gate, i):
     """As transformers' loop over experts ends: in y's dtype."""
     weighted = y * gate.flatten()[i.order, None].to(y.dtype)
-    return torch.zeros(i.plan.place.shape[0], y.shape[1], dtype=y.dtype, device=y.device).index_add(0, i.token, weighted)
+    return y.new_zeros(i.plan.place.shape[0], y.shape[1]).index_add(0, i.token, weighted)
 
 
 def gather_sum(y, gate, i):

@@ -115,7 +115,7 @@ def test_fastposts_router_loss_finds_them():
     ids = mixtures.IDS[0].tolist()
     batch = collate([Example(0, (Sequence(ids, bytes([0]) + b"\1" * (len(ids) - 1)),))])
     found = outputs(model, batch, output_router_logits=True).router_logits
-    loss = routers.load_balance(found, 2)
+    loss = routers.losses(found, 2).load_balance
     loss.backward()
     assert loss > 0 and model.model.layers[0].self_attention.experts.router.layer.weight.grad.any()
 

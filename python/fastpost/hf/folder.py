@@ -141,6 +141,7 @@ def new_model(path: str | Path, dtype: torch.dtype, attention_name: str = "packe
     with waiting(f"draw {path}"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=name)
+    use_experts(model, quiet=True)
     return model.to(dtype).eval()
 
 
