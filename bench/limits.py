@@ -11,6 +11,7 @@ GEMM = "plain GEMM"
 GEMMS = "plain GEMMs"
 GEMMS_REUSED = "same, outputs reused"
 COPY = "copy"
+NEW_COPY = "copy to new memory"
 COLD = 64 << 20  # bytes: more than the caches hold
 
 
@@ -57,3 +58,10 @@ def copy(size: int, device: torch.device) -> dict:
         return target[begin : begin + half].copy_(source[begin : begin + half])
 
     return {COPY: run}
+
+
+def new_copy(written: int, device: torch.device) -> dict:
+    """Writing that many bytes into memory that is allocated for them, as an op's result is, and reading as many. On a
+    CPU, where a large result is new pages each time, that costs several times the copy itself."""
+    source = torch.ones(max(1, written), dtype=torch.uint8, device=device)
+    return {NEW_COPY: lambda x: source.clone()}

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""moe_combine: weighted sums of experts' rows, back at the tokens, and gradients of rows and gates. Bound by memory:
-forward reads K rows a token and writes one; backward reads the token's gradient and K rows and writes K."""
+"""moe_combine: weighted sums of experts' rows, back at the tokens, and the gradients of rows and gates. Memory-bound.
+Forward reads K rows a token and writes one; backward reads the token's gradient and K rows and writes K."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def case(options, t, k, e, h, dtype, backward) -> Case:
         name=f"T={t} K={k} E={e} H={h} {str(dtype)[6:]} {'forward+backward' if backward else 'forward'}",
         make=make,
         runs={name: run(f, backward) for name, f in runs.items()},
-        limits=limits.copy(size, options.device),
+        limits=limits.copy(size, options.device)
+        | limits.new_copy((t + backward * t * k) * h * dtype.itemsize, options.device),
         reference=run(lambda y, gate, i: reference.moe_combine(y, i.plan, gate), backward, torch.float32),
         tolerance=TOLERANCE[dtype],
         bytes=size,
@@ -53,7 +54,9 @@ def case(options, t, k, e, h, dtype, backward) -> Case:
 def index_add(y, gate, i):
     """As transformers' loop over experts ends: in y's dtype."""
     weighted = y * gate.flatten()[i.order, None].to(y.dtype)
-    return y.new_zeros(i.plan.place.shape[0], y.shape[1]).index_add(0, i.token, weighted)
+    return torch.zeros(i.plan.place.shape[0], y.shape[1], dtype=y.dtype, device=y.device).index_add(
+        0, i.token, weighted
+    )
 
 
 def gather_sum(y, gate, i):

@@ -40,7 +40,8 @@ def case(options, t, k, e, h, dtype, backward) -> Case:
         name=f"T={t} K={k} E={e} H={h} {str(dtype)[6:]} {'forward+backward' if backward else 'forward'}",
         make=make,
         runs={name: run(f, backward) for name, f in runs.items()},
-        limits=limits.copy(size, options.device),
+        limits=limits.copy(size, options.device)
+        | limits.new_copy((t * k + backward * t) * h * dtype.itemsize, options.device),
         reference=run(lambda x, i: reference.moe_dispatch(x, i.plan), backward, torch.float32),
         tolerance=TOLERANCE[dtype],
         bytes=size,

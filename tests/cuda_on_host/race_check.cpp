@@ -18,6 +18,9 @@ constexpr int64_t kMatrix[] = {kRows, kColumns}, kRow[] = {kRows}, kStats[] = {5
                   kSequence[] = {kSequences}, kBounds[] = {kSequences + 1}, kPair[] = {1}, kMetrics[] = {4},
                   kSums[] = {kSequences, 7}, kHidden[] = {kRows, 8}, kWeight[] = {300, 8}, kPartials[] = {4, 2, kRows},
                   kTileMax[] = {2, kRows}, kExponentials[] = {kRows, 300}, kMany[] = {2500};
+// A router: more tokens than one block has, fewer experts than lanes.
+constexpr int64_t kLogits[] = {70, 5}, kExperts[] = {5}, kChosen[] = {70, 2}, kOffset[] = {6}, kSlots[] = {140},
+                  kSlotRows[] = {140, 24}, kTokenRows[] = {70, 24}, kSpace[] = {4096};
 
 template <class T, int N>
 Tensor view(std::vector<T>& data, const int64_t (&shape)[N], DType dtype) {
@@ -122,6 +125,62 @@ void policy_loss_backward(Buffers& x) {
                              x.floats(x.b, kSequence), x.floats(x.c, kToken));
 }
 
+struct Router {
+  std::vector<float> logits = std::vector<float>(70 * 5), grad_logits = logits, gate = std::vector<float>(140, 0.5f);
+  std::vector<float> probability = std::vector<float>(5), losses = std::vector<float>(2);
+  std::vector<float> tokens = std::vector<float>(70 * 24, 1.0f), rows = std::vector<float>(140 * 24, 1.0f), grad = rows;
+  std::vector<int64_t> expert = std::vector<int64_t>(140);
+  std::vector<int32_t> offset = {0, 28, 56, 84, 112, 140}, order = std::vector<int32_t>(140), place = order;
+  std::vector<uint8_t> space = std::vector<uint8_t>(kSpace[0]);
+  Router() {
+    for (int i = 0; i < 140; ++i) expert[i] = i % 5, order[i] = place[i] = i;
+  }
+  Tensor view_logits() { return view(logits, kLogits, DType::Float32); }
+  Tensor view_gate() { return view(gate, kChosen, DType::Float32); }
+  Tensor view_expert() { return view(expert, kChosen, DType::Int64); }
+  Tensor view_offset() { return view(offset, kOffset, DType::Int32); }
+  Tensor view_order() { return view(order, kSlots, DType::Int32); }
+  Tensor view_place() { return view(place, kChosen, DType::Int32); }
+  Tensor view_space() { return view(space, kSpace, DType::UInt8); }
+  Tensor view_tokens() { return view(tokens, kTokenRows, DType::Float32); }
+  Tensor view_rows() { return view(rows, kSlotRows, DType::Float32); }
+};
+void moe_route(Buffers&) {
+  Router x;
+  cuda::moe_route(x.view_logits(), 2, false, true, 1.0f, Tensor{}, x.view_space(), x.view_expert(), x.view_gate(),
+                  x.view_offset(), x.view_order(), x.view_place(), view(x.probability, kExperts, DType::Float32),
+                  view(x.losses, kPair, DType::Float32));
+}
+void moe_route_backward(Buffers&) {
+  Router x;
+  cuda::moe_route_backward(x.view_logits(), true, true, 1.0f, x.view_expert(), x.view_offset(), x.view_gate(),
+                           view(x.losses, kPair, DType::Float32), view(x.probability, kExperts, DType::Float32),
+                           Tensor{}, view(x.grad_logits, kLogits, DType::Float32));
+}
+void moe_route_plan(Buffers&) {
+  Router x;
+  cuda::moe_route_plan(x.view_expert(), 5, x.view_space(), x.view_offset(), x.view_order(), x.view_place());
+}
+void moe_dispatch(Buffers&) {
+  Router x;
+  cuda::moe_dispatch(x.view_tokens(), x.view_offset(), x.view_order(), x.view_place(), x.view_rows());
+}
+void moe_dispatch_backward(Buffers&) {
+  Router x;
+  cuda::moe_dispatch_backward(x.view_rows(), x.view_place(), x.view_tokens());
+}
+void moe_combine(Buffers&) {
+  Router x;
+  cuda::moe_combine(x.view_rows(), x.view_place(), x.view_gate(), x.view_tokens());
+}
+void moe_combine_backward(Buffers&) {
+  Router x;
+  std::vector<float> grad_gate(140);
+  cuda::moe_combine_backward(x.view_tokens(), x.view_rows(), x.view_place(), x.view_offset(), x.view_order(),
+                             x.view_gate(), view(x.grad, kSlotRows, DType::Float32),
+                             view(grad_gate, kChosen, DType::Float32));
+}
+
 struct Entry {
   const char* name;
   void (*run)(Buffers&);
@@ -139,6 +198,13 @@ constexpr Entry kEntries[] = {
     {"preference_loss_backward", preference_loss_backward},
     {"policy_loss", policy_loss},
     {"policy_loss_backward", policy_loss_backward},
+    {"moe_route", moe_route},
+    {"moe_route_backward", moe_route_backward},
+    {"moe_route_plan", moe_route_plan},
+    {"moe_dispatch", moe_dispatch},
+    {"moe_dispatch_backward", moe_dispatch_backward},
+    {"moe_combine", moe_combine},
+    {"moe_combine_backward", moe_combine_backward},
 };
 
 int races = 0;
