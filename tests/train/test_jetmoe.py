@@ -10,12 +10,14 @@ import torch
 
 import plain_jetmoe
 import tiny
+from fastpost.cli.dry_run import dry_run
 from fastpost.data.loader import load_dataset
 from fastpost.hf import folder
-from fastpost.train import metrics
+from fastpost.train import memory, metrics
 from fastpost.train.config import load_config
 from fastpost.train.loop import train
 from fastpost.train.plan import Plan
+from fastpost.train.recompute import recompute
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROUTERS = {"router_loss": "jetmoe", "router_aux_loss": 0.01, "router_z_loss": 0.001}
@@ -127,3 +129,27 @@ def test_sft_and_dpo_go_on_from_it(place, pretrained, capsys, precision, close):
     said = capsys.readouterr().out
     assert "(expected 0.693147, difference" in said and "   ok\n" in said
     assert "aux loss 0.01 x load balance, z loss 0.001 x logsumexp^2, summed over routers\n" in said
+
+
+def test_a_dry_run_goes_through_its_shapes(place, capsys):
+    """Where transformers' loop over experts asks for numbers, which shapes have not."""
+    cfg = pretrain(place, place / "dry", "--train.batch_size", "32")
+    dry_run(cfg, [])
+    said = capsys.readouterr().out
+    assert "\nsteps   3 of 32 rows" in said and "\nmemory  weights " in said and "\nrouter  4 experts, top 2, " in said
+    batch = load_dataset(cfg.data, folder.load_tokenizer(cfg.model.path)).batch(list(range(32)))
+    peaks = {}
+    for name, model in (("jetmoe", memory.shape_model(place / "new", torch.float32)), ("llama", None)):
+        if model is None:
+            tiny.folder(place / "llama")
+            model = memory.shape_model(place / "llama", torch.float32)
+        peaks[name] = memory.estimate(model, cfg, batch, 1, torch.device("cpu")).activations
+    assert 1.5 < peaks["jetmoe"] / peaks["llama"] < 10  # two experts a token in attention and MLP, not none and not all
+
+
+def test_recomputation_that_transformers_lacks_is_refused(place):
+    model = tiny.model("jetmoe")
+    recompute(model, "auto", torch.device("cpu"))
+    for how in ("selective", "full"):
+        with pytest.raises(ValueError, match=f"expected auto or none, because .* JetMoeForCausalLM, got {how}"):
+            recompute(model, how, torch.device("cpu"))
