@@ -1,4 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
+// One thread of a virtual AMD EPYC that others used too, rows of 2048, into memory that is there already: 0.93 to 1.03 of
+// the bandwidth of a plain copy forward and 0.59 to 0.79 backward, which has three rows under way at a time. Through the
+// public function, which allocates: 3.7 (16384 tokens, top 2) and 14 times (4096, top 8) faster than index_add.
 #include <string>
 #include <vector>
 

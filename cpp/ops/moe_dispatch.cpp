@@ -1,4 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
+// One thread of a virtual AMD EPYC that others used too, rows of 2048, into memory that is there already: 0.76 of the
+// bandwidth of a plain copy for 16384 tokens of bfloat16 and top 2 (float32: 0.93), 1.05 for 4096 and top 8, whose rows
+// stay in cache between uses; the backward 0.94 to 1.07. As a new tensor, 134 MB of rows cost another 70 ms of the
+// system's time; the copies take 15.
 #include <string>
 #include <vector>
 

@@ -135,13 +135,13 @@ __global__ void __launch_bounds__(kThreads, 1) route_kernel(const T* logits, Rou
         expert[(first + i) * k + c] = id;
       }
     }
-    __syncwarp();  // ids are there for the other lanes
-    const uint16_t* mine = ids + (present ? i : 0) * k;
+    __syncwarp();                        // ids are there for the other lanes
+    const uint16_t* mine = ids + i * k;  // of those present
     float shift = sigmoid ? 0.0f : scores.max, over = sigmoid ? 1.0f : scores.softmax_inverse;
     if (in.scoring.normalize) {
       shift = shift_of(sigmoid, chosen_max);
       float total = 0.0f;
-      for (int c = lane; c < k; c += G) total += relative(sigmoid, to_float(row[mine[c]]), shift);
+      for (int c = lane; present && c < k; c += G) total += relative(sigmoid, to_float(row[mine[c]]), shift);
       over = inverse(group_sum<G>(total));
     }
     if (scores.lse != scores.lse) over = NAN;
