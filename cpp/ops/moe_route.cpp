@@ -255,7 +255,7 @@ void moe_route_backward(Tensor logits, bool sigmoid, bool normalize, float scale
 }
 
 void moe_route_plan(Tensor expert, int64_t experts, Tensor workspace, Tensor offset, Tensor order, Tensor place) {
-  constexpr const char* op = "moe_route_plan";
+  constexpr const char* op = "moe_plan";
   expect(op, "expert", expert, {DType::Int64, DType::Int32}, {kAny, kAny});
   check_plan(op, expert, experts, offset, order, place);
   if (expert.device == Device::CUDA) return cuda::moe_route_plan(expert, experts, workspace, offset, order, place);
