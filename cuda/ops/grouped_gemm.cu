@@ -341,7 +341,12 @@ void grouped_gemm_weight_gradient(Tensor grad, Tensor grad_order, int64_t grad_t
       w.row_stride = v.column_stride;
       w.column_stride = v.row_stride;
     }
-    multiply_gradient_sm80(stream, w, grad.dtype);
+    const Hardware found = hardware(stream, grad);
+    if (kBuiltForSm90 && found.capability == 9) {
+      if constexpr (kBuiltForSm90) multiply_gradient_sm90(stream, w, grad.dtype, found.processors);
+    } else {
+      multiply_gradient_sm80(stream, w, grad.dtype);
+    }
   } else {
     const int64_t across = blocks_for(k, kTile), per_expert = across * blocks_for(n, kTile);
     visit_float(grad.dtype, [&]<class T>(T) {

@@ -167,6 +167,17 @@ struct GradientWork {
   int64_t expert_stride, row_stride, column_stride;
 };
 
+// A tile of a gradient that has down x across of them for each expert. An expert's come one after the other, so that the L2
+// cache has its rows.
+struct GradientTile {
+  int expert, row_tile, column_tile;
+};
+__host__ __device__ constexpr GradientTile gradient_tile(int index, int down, int across) {
+  const int within = index % (down * across), group = within / (kRowGroup * across) * kRowGroup;
+  const int inside = within - group * across, height = down - group < kRowGroup ? down - group : kRowGroup;
+  return {index / (down * across), group + inside % height, inside / height};
+}
+
 // ---- activations: cpp/ops.h numbers them ----
 
 struct Activated {
@@ -358,9 +369,9 @@ __host__ __device__ constexpr int wide_sum(int half, int column) {
   return column / 8 * 4 + half * 2 + column % 2;  // of the thread that has it
 }
 
-// Rows of x for WGMMA, gathered: kWideM rows of 128 bytes, in each of which the 16-byte chunks are swapped as the row's number
-// says (the copy engine's swizzle of 128 bytes). Each of 128 threads copies one chunk of every kGatherStep-th row.
-constexpr int kGatherStep = 16, kGatherRows = kWideM / kGatherStep, kGatherBytes = kGatherStep * 128;
+// Rows for WGMMA, gathered: rows of 128 bytes, in each of which the 16-byte chunks are swapped as the row's number says (the
+// copy engine's swizzle of 128 bytes). Each of 128 threads copies one chunk of every kGatherStep-th row.
+constexpr int kGatherStep = 16, kGatherBytes = kGatherStep * 128;
 struct GatherShare {
   int row, column, offset;  // the first row, column in a row (elements), byte in shared memory
 };
@@ -369,16 +380,13 @@ __host__ __device__ constexpr GatherShare gather_share(int thread) {
   return {row, chunk * 8, row * 128 + (chunk ^ row % 8) * 16};
 }
 
-// Writes 16 rows: the warp's sums go through its own corner of shared memory, 16 columns of either half at a time.
-template <class T>
-__device__ __forceinline__ void finish_warp(const GroupedWork& w, const GroupedTile& tile, int first_row,
-                                            const float (&sums)[kWideSums], float* staged, int lane) {
-  const bool gated = w.finish == Finish::kGated;
-  const int g = lane / 4, t = lane % 4, row = first_row + lane / 2, piece = lane % 2 * kPiece;
-  const int first_column = tile.column_tile * w.tile_width(kWideN);
-  float dot = 0.0f;
+// Hands out a warp's sums, 16 columns of either half at a time, through its own corner of shared memory: use(column, from)
+// with two lanes to a row, `from` at a lane's eight columns of the first half; those of the second are kStagedColumns on.
+template <class F>
+__device__ __forceinline__ void for_each_part(const float (&sums)[kWideSums], float* staged, int lane, F&& use) {
+  const int g = lane / 4, t = lane % 4, piece = lane % 2 * kPiece;
 #ifdef __CUDACC__
-#pragma unroll 1  // the code for a piece is long, and picking sums by a loop's index costs little
+#pragma unroll 1  // what is done with a piece can be long, and picking sums by a loop's index costs little
 #endif
   for (int part = 0; part < kWideN / 2 / kStagedColumns; ++part) {
     FP_UNROLL
@@ -394,22 +402,51 @@ __device__ __forceinline__ void finish_warp(const GroupedWork& w, const GroupedT
       }
     }
     __syncwarp();
-    if (row < tile.end_row) {
-      const int column = first_column + part * kStagedColumns + piece;
-      for (int second_half = 0; second_half < (gated ? 1 : 2); ++second_half) {
-        float first[kPiece], second[kPiece] = {};
-        const float* from = staged + lane / 2 * kStagedStride + piece + second_half * kStagedColumns;
-        read_piece(from, first);
-        if (gated) read_piece(from + kStagedColumns, second);
-        dot += finish_piece<T>(w, tile.expert, row, column + second_half * (kWideN / 2), first, second);
-      }
-    }
+    use(part * kStagedColumns + piece, staged + lane / 2 * kStagedStride + piece);
     __syncwarp();
   }
+}
+
+// Writes the 16 rows of a warp.
+template <class T>
+__device__ __forceinline__ void finish_warp(const GroupedWork& w, const GroupedTile& tile, int first_row,
+                                            const float (&sums)[kWideSums], float* staged, int lane) {
+  const bool gated = w.finish == Finish::kGated;
+  const int row = first_row + lane / 2, first_column = tile.column_tile * w.tile_width(kWideN);
+  float dot = 0.0f;
+  for_each_part(sums, staged, lane, [&](int column, const float* from) {
+    if (row >= tile.end_row) return;
+    for (int half = 0; half < (gated ? 1 : 2); ++half) {
+      float first[kPiece], second[kPiece] = {};
+      read_piece(from + half * kStagedColumns, first);
+      if (gated) read_piece(from + kStagedColumns, second);
+      dot += finish_piece<T>(w, tile.expert, row, first_column + column + half * (kWideN / 2), first, second);
+    }
+  });
   if (w.partial) {
     dot += shuffle_xor(dot, 1);
-    if (piece == 0 && row < tile.end_row) w.partial[int64_t{tile.column_tile} * w.rows + row] = dot;
+    if (lane % 2 == 0 && row < tile.end_row) w.partial[int64_t{tile.column_tile} * w.rows + row] = dot;
   }
+}
+
+template <class T>
+__device__ __forceinline__ void store_gradient(const GradientWork& w, int expert, int n, int k,
+                                               const float (&sums)[kPiece]) {
+  if (n >= w.n || k >= w.k) return;
+  store_piece(static_cast<T*>(w.out) + expert * w.expert_stride + n * w.row_stride + k, w.k - k, sums);
+}
+
+template <class T>
+__device__ __forceinline__ void finish_gradient(const GradientWork& w, int expert, int n, int first_k,
+                                                const float (&sums)[kWideSums], float* staged, int lane) {
+  for_each_part(sums, staged, lane, [&](int column, const float* from) {
+    FP_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      float piece[kPiece];
+      read_piece(from + half * kStagedColumns, piece);
+      store_gradient<T>(w, expert, n + lane / 2, first_k + column + half * (kWideN / 2), piece);
+    }
+  });
 }
 
 // ---- where the code differs by architecture: bfloat16 and float16, 16 bytes at a time ----
@@ -428,5 +465,6 @@ void multiply_gradient_sm80(const Stream& stream, const GradientWork& work, DTyp
 // cuda/ops/grouped_gemm_sm90.cu, up to so many experts.
 constexpr int kMostExpertsSm90 = 1024;
 void multiply_grouped_sm90(const Stream& stream, const GroupedWork& work, GroupedType type, int processors);
+void multiply_gradient_sm90(const Stream& stream, const GradientWork& work, DType dtype, int processors);
 
 }  // namespace fastpost::cuda

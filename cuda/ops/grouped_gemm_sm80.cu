@@ -5,7 +5,7 @@
 //
 // Two shapes: 128 x 128 tiles, a warp 64 x 64; and for few rows to an expert 32 x 32 tiles, where each of four warps takes a
 // quarter of every step's columns: reading the weights is what takes time then, and small tiles give every multiprocessor some.
-// On Hopper the second, and the weights' gradient, run here, too.
+// On Hopper the second runs here, too.
 //
 // Passes its tests on the host; no GPU has run it yet.
 #include "cuda/ops/grouped_gemm.cuh"
@@ -211,8 +211,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) product_kernel(
   }
 }
 
-// A block for each tile of each expert's gradient: the expert's rows are what is summed over. Blocks of an expert come one
-// after the other, so that its rows are in the L2 cache.
+// A block for each tile of each expert's gradient: the expert's rows are what is summed over.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) gradient_kernel(GradientWork w, int down, int across) {
   using S = Large;
@@ -220,12 +219,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) gradient_kernel
   static_assert(S::kM == S::kN);
   FP_DYNAMIC_SHARED(char, shared);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const int per_expert = down * across, expert = static_cast<int>(blockIdx.x) / per_expert;
-  const int index = static_cast<int>(blockIdx.x) % per_expert;
-  const int group = index / (kRowGroup * across) * kRowGroup, inside = index - group * across;
-  const int height = down - group < kRowGroup ? down - group : kRowGroup;
-  const int first_n = (group + inside % height) * S::kM, first_k = inside / height * S::kN;
-  const Segment rows = segment(w.offset, expert, w.rows);
+  const GradientTile tile = gradient_tile(static_cast<int>(blockIdx.x), down, across);
+  const int first_n = tile.row_tile * S::kM, first_k = tile.column_tile * S::kN;
+  const Segment rows = segment(w.offset, tile.expert, w.rows);
   const int begin = static_cast<int>(rows.begin), end = static_cast<int>(rows.end);
 
   const int first = thread / kChunks, chunk = thread % kChunks;
@@ -261,13 +257,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) gradient_kernel
   });
   float* staged = reinterpret_cast<float*>(shared);
   stage_sums<S>(sums, staged, warp % 2, warp / 2, 0, lane);
-  T* out = static_cast<T*>(w.out) + expert * w.expert_stride + first_k;
   for (int i = thread; i < S::kM * (S::kN / kPiece); i += kThreads) {
     const int n = i / (S::kN / kPiece), column = i % (S::kN / kPiece) * kPiece;
-    if (first_n + n >= w.n || first_k + column >= w.k) continue;
     float piece[kPiece];
     read_piece(staged + n * S::kStride + column, piece);
-    store_piece(out + (first_n + n) * w.row_stride + column, w.k - first_k - column, piece);
+    store_gradient<T>(w, tile.expert, first_n + n, first_k + column, piece);
   }
 }
 

@@ -40,43 +40,48 @@ static_assert(kFixedBytes + tiles_bytes(kMostExpertsSm90) + 2 * kStages * 8 <= 2
 constexpr int kLag = 2;  // steps of gathered rows that a thread has under way
 static_assert(kLag < kStages);
 
-template <class T, bool kTransposed>
-struct Atom;
-template <bool kTransposed>
-struct Atom<bfloat16, kTransposed>
-    : gmma::MMA_64x256x16_F32BF16BF16_SS<gmma::Major::K, kTransposed ? gmma::Major::MN : gmma::Major::K> {};
-template <bool kTransposed>
-struct Atom<float16, kTransposed>
-    : gmma::MMA_64x256x16_F32F16F16_SS<gmma::Major::K, kTransposed ? gmma::Major::MN : gmma::Major::K> {};
+// How a factor lies: rows of the product with its columns (what is summed over) in them, or the other way round.
+using Lies = gmma::Major;
+constexpr Lies kInRows = Lies::K, kInColumns = Lies::MN;
 
-template <class T, bool kTransposed, size_t... I>
+template <class T, Lies kA, Lies kB>
+struct Atom;
+template <Lies kA, Lies kB>
+struct Atom<bfloat16, kA, kB> : gmma::MMA_64x256x16_F32BF16BF16_SS<kA, kB> {};
+template <Lies kA, Lies kB>
+struct Atom<float16, kA, kB> : gmma::MMA_64x256x16_F32F16F16_SS<kA, kB> {};
+
+template <class T, Lies kA, Lies kB, size_t... I>
 __device__ __forceinline__ void multiply(uint64_t a, uint64_t b, float (&d)[kWideSums], gmma::ScaleOut scale,
                                          std::index_sequence<I...>) {
-  Atom<T, kTransposed>::fma(a, b, d[I]..., scale);
+  Atom<T, kA, kB>::fma(a, b, d[I]..., scale);
 }
 
 // A tile in shared memory for WGMMA, rows of 128 bytes swizzled over 8 of them (PTX ISA, matrix descriptor). Rows of the
 // product with its columns in them: the next 8 are 1024 bytes on. Columns with 64 rows in them: the next 8 columns are 1024
-// bytes on, the next 64 rows a whole box.
+// bytes on, the next 64 rows a whole box. CuTe's make_gmma_desc says the same of its layouts.
 constexpr int kBoxBytes = kK * kSwizzledRow * 2;
-__device__ __forceinline__ uint64_t descriptor(const void* shared, int next_rows) {
+template <Lies kLies>
+__device__ __forceinline__ uint64_t descriptor(const void* shared) {
   const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEight = uint64_t{1024 >> 4} << 32;
-  return kSwizzle128 | kEight | static_cast<uint64_t>(next_rows >> 4) << 16 | (address & 0x3ffff) >> 4;
+  constexpr uint64_t kNextRows = kLies == kInColumns ? kBoxBytes >> 4 : 1;  // 1: where it has no meaning
+  return kSwizzle128 | kEight | kNextRows << 16 | (address & 0x3ffff) >> 4;
 }
+template <Lies kLies>
+constexpr int kNext16 = (kLies == kInColumns ? 2 * 1024 : 32) >> 4;  // to the next 16 columns
 
 // sums (+)= a · b over 64 columns; on return the products that were started before these are done.
-template <class T, bool kTransposed>
+template <class T, Lies kA, Lies kB>
 __device__ __forceinline__ void multiply_step(uint64_t a, uint64_t b, float (&sums)[kWideSums], bool first) {
   constexpr auto kAll = std::make_index_sequence<kWideSums>{};
-  constexpr int kNextB = (kTransposed ? 2 * 1024 : 32) >> 4;  // 16 columns on
   CUTE_UNROLL
   for (int i = 0; i < kWideSums; ++i) cute::warpgroup_fence_operand(sums[i]);
   cute::warpgroup_arrive();
   CUTE_UNROLL
   for (int k = 0; k < kK / 16; ++k) {
     const auto scale = first && k == 0 ? gmma::ScaleOut::Zero : gmma::ScaleOut::One;
-    multiply<T, kTransposed>(a + k * 2, b + k * kNextB, sums, scale, kAll);
+    multiply<T, kA, kB>(a + k * kNext16<kA>, b + k * kNext16<kB>, sums, scale, kAll);
   }
   cute::warpgroup_commit_batch();
   cute::warpgroup_wait<1>();
@@ -99,6 +104,73 @@ struct Barriers {
   Full::ValueType* full;
   Empty::ValueType* empty;
 };
+
+// The place whose copies a thread that gathers has to declare done: kLag steps behind where it starts new ones. What cp.async
+// wrote is made visible to the matrix instructions by the thread that wrote it, once it is there.
+class Behind {
+ public:
+  __device__ explicit Behind(Full::ValueType* full) : full_(full) {}
+  __device__ void started() {
+    copies_commit();
+    if (++under_way_ <= kLag) return;
+    copies_wait<kLag>();
+    arrive();
+  }
+  __device__ void finish() {
+    copies_wait<0>();
+    while (under_way_ > 0) arrive();
+  }
+
+ private:
+  __device__ void arrive() {
+    cutlass::arch::fence_view_async_shared();
+    Full::arrive(&full_[at_.stage]);
+    at_.advance();
+    --under_way_;
+  }
+  Full::ValueType* full_;
+  Place at_;
+  int under_way_ = 0;
+};
+
+// What a warp of a multiplying group does in a tile.
+template <class T, Lies kA, Lies kB>
+__device__ __forceinline__ void multiply_tile(int steps, uint64_t first_a, uint64_t first_b, Barriers barriers,
+                                              Place& at, float (&sums)[kWideSums]) {
+  const bool speaks = threadIdx.x % 32 == 0;
+  if (steps == 0) {
+    CUTE_UNROLL
+    for (int i = 0; i < kWideSums; ++i) sums[i] = 0;
+  }
+  int last = 0;  // the stage whose products may still be under way
+  for (int step = 0; step < steps; ++step, at.advance()) {
+    Full::wait(&barriers.full[at.stage], at.phase);
+    const uint64_t stage = static_cast<uint64_t>(at.stage) * (kStageBytes >> 4);
+    multiply_step<T, kA, kB>(first_a + stage, first_b + stage, sums, step == 0);
+    if (step > 0 && speaks) Empty::arrive(&barriers.empty[last]);
+    last = at.stage;
+  }
+  cute::warpgroup_wait<0>();
+  CUTE_UNROLL
+  for (int i = 0; i < kWideSums; ++i) cute::warpgroup_fence_operand(sums[i]);
+  if (steps > 0 && speaks) Empty::arrive(&barriers.empty[last]);
+}
+
+__device__ __forceinline__ void init(Barriers barriers, int arrivals) {
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kStages; ++s) {
+      Full::init(&barriers.full[s], arrivals);
+      Empty::init(&barriers.empty[s], kConsumers / 32);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+}
+
+__device__ __forceinline__ char* aligned_ring(char* unaligned) {
+  return unaligned + (1024 - __cvta_generic_to_shared(unaligned) % 1024) % 1024;
+}
+
+// ---- the product ----
 
 template <bool kTransposed>
 __device__ __forceinline__ void load_weight(const GroupedWork& w, const CUtensorMap& map, const GroupedTile& tile,
@@ -144,20 +216,14 @@ __device__ __forceinline__ void load_tiles(const GroupedWork& w, const GroupedTi
   }
 }
 
-// The same with rows of x from anywhere. What cp.async wrote is made visible to the matrix instructions by the thread that
-// wrote it, once it is there: kLag steps later.
+// The same with rows of x from anywhere.
 template <class T, bool kTransposed>
 __device__ __forceinline__ void gather_tiles(const GroupedWork& w, const GroupedTiles& tiles,
                                              const CUtensorMap& weight_map, char* ring, Barriers barriers, int thread) {
+  constexpr int kGatherRows = kWideM / kGatherStep;
   const GatherShare share = gather_share(thread);
   Place at;
-  int arrived = 0, under_way = 0;  // the stage that comes next, and how many
-  const auto arrive = [&] {
-    cutlass::arch::fence_view_async_shared();
-    Full::arrive(&barriers.full[arrived]);
-    arrived = arrived + 1 == kStages ? 0 : arrived + 1;
-    --under_way;
-  };
+  Behind behind(barriers.full);
   int slots[kGatherRows];  // of the tile that comes next: loaded long before they are needed
   const auto look_up = [&](const GroupedTile& tile) {
     CUTE_UNROLL
@@ -194,15 +260,10 @@ __device__ __forceinline__ void gather_tiles(const GroupedWork& w, const Grouped
         copy_async(a + share.offset + i * kGatherBytes, x + (exists ? rows[i] * w.x.stride : 0),
                    exists && column < w.k);
       }
-      copies_commit();
-      if (++under_way > kLag) {
-        copies_wait<kLag>();
-        arrive();
-      }
+      behind.started();
     }
   }
-  copies_wait<0>();
-  while (under_way > 0) arrive();
+  behind.finish();
 }
 
 template <class T, bool kTransposed>
@@ -210,59 +271,127 @@ __global__ void __launch_bounds__(kThreads, 1)
     product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
                    const __grid_constant__ GroupedWork w) {
   extern __shared__ char unaligned[];
-  char* ring = unaligned + (1024 - __cvta_generic_to_shared(unaligned) % 1024) % 1024;
-  char* staged = ring + kStages * kStageBytes;
+  char *ring = aligned_ring(unaligned), *staged = ring + kStages * kStageBytes;
   __shared__ __align__(8) Full::ValueType full[kStages];
   __shared__ __align__(8) Empty::ValueType empty[kStages];
-
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-  if (thread == 0) {
-    for (int s = 0; s < kStages; ++s) {
-      Full::init(&full[s], w.x.order ? 1 + kGroup : 1);  // the copy engine's, and those who gather
-      Empty::init(&empty[s], kConsumers / 32);
-    }
-    cutlass::arch::fence_barrier_init();
-  }
+  const Barriers barriers = {full, empty};
+  init(barriers, w.x.order ? 1 + kGroup : 1);  // the copy engine's, and those who gather
   clear_grad_gate(w);
   const GroupedTiles tiles =
       make_tiles(w.offset, w.experts, w.rows, kWideM, w.column_tiles(kWideN), staged + kStagedBytes);
 
+  const int thread = static_cast<int>(threadIdx.x);
   if (thread < kGroup) {
     cutlass::arch::warpgroup_reg_dealloc<kLoadRegisters>();
     if (w.x.order) {
-      gather_tiles<T, kTransposed>(w, tiles, weight_map, ring, {full, empty}, thread);
+      gather_tiles<T, kTransposed>(w, tiles, weight_map, ring, barriers, thread);
     } else if (thread == 0) {
-      load_tiles<kTransposed>(w, tiles, x_map, weight_map, ring, {full, empty});
+      load_tiles<kTransposed>(w, tiles, x_map, weight_map, ring, barriers);
     }
     return;
   }
   cutlass::arch::warpgroup_reg_alloc<kMultiplyRegisters>();
+  constexpr Lies kWeight = kTransposed ? kInColumns : kInRows;
   const int consumer = (thread - kGroup) / kGroup, warp = (thread - kGroup) / 32;
-  const uint64_t first_a = descriptor(ring + consumer * (kABytes / 2), 16);  // 16: where it has no meaning
-  const uint64_t first_b = descriptor(ring + kABytes, kTransposed ? kBoxBytes : 16);
-  float* corner = reinterpret_cast<float*>(staged) + warp * kStagedFloats;
+  const uint64_t first_a = descriptor<kInRows>(ring + consumer * (kABytes / 2));
+  const uint64_t first_b = descriptor<kWeight>(ring + kABytes);
   Place at;
   float sums[kWideSums];
   for (int index = static_cast<int>(blockIdx.x); index < tiles.count(); index += static_cast<int>(gridDim.x)) {
     const GroupedTile tile = tiles.at(index);
-    const int steps = steps_of(w, tile);
-    if (steps == 0) {
-      CUTE_UNROLL
-      for (int i = 0; i < kWideSums; ++i) sums[i] = 0;
-    }
-    int last = 0;  // the stage whose products may still be under way
-    for (int step = 0; step < steps; ++step, at.advance()) {
-      Full::wait(&full[at.stage], at.phase);
-      const uint64_t stage = static_cast<uint64_t>(at.stage) * (kStageBytes >> 4);
-      multiply_step<T, kTransposed>(first_a + stage, first_b + stage, sums, step == 0);
-      if (step > 0 && lane == 0) Empty::arrive(&empty[last]);
-      last = at.stage;
-    }
-    cute::warpgroup_wait<0>();
+    multiply_tile<T, kInRows, kWeight>(steps_of(w, tile), first_a, first_b, barriers, at, sums);
+    finish_warp<T>(w, tile, tile.first_row + 16 * warp, sums, reinterpret_cast<float*>(staged) + warp * kStagedFloats,
+                   thread % 32);
+  }
+}
+
+// ---- the weights' gradient ----
+// 128 of the gradient's rows (columns of grad) by 256 of its columns (of x); what is summed over are rows of both, which is how
+// they lie. Both are gathered, for rows of the next expert must not come along.
+
+// A box: 64 rows, 128 bytes of each.
+constexpr int kRowsOfStep = kK / kGatherStep;  // that a thread copies from
+template <class T, int kBoxes>
+__device__ __forceinline__ void gather_boxes(const Gathered& from, const int (&rows)[kRowsOfStep], int first,
+                                             int columns, char* to, const GatherShare& share) {
+  CUTE_UNROLL
+  for (int i = 0; i < kRowsOfStep; ++i) {
+    const T* row = static_cast<const T*>(from.data) + (rows[i] >= 0 ? rows[i] * from.stride : 0);
     CUTE_UNROLL
-    for (int i = 0; i < kWideSums; ++i) cute::warpgroup_fence_operand(sums[i]);
-    if (steps > 0 && lane == 0) Empty::arrive(&empty[last]);
-    finish_warp<T>(w, tile, tile.first_row + 16 * warp, sums, corner, lane);
+    for (int box = 0; box < kBoxes; ++box) {
+      const int column = first + box * kSwizzledRow + share.column;
+      const bool exists = column < columns;
+      copy_async(to + share.offset + i * kGatherBytes + box * kBoxBytes, row + (exists ? column : 0),
+                 exists && rows[i] >= 0);
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void gather_gradient(const GradientWork& w, int down, int across, char* ring,
+                                                Barriers barriers, int thread) {
+  const GatherShare share = gather_share(thread);
+  Place at;
+  Behind behind(barriers.full);
+  const int count = w.experts * down * across;
+  for (int index = static_cast<int>(blockIdx.x); index < count; index += static_cast<int>(gridDim.x)) {
+    const GradientTile tile = gradient_tile(index, down, across);
+    const Segment rows = segment(w.offset, tile.expert, w.rows);
+    const int begin = static_cast<int>(rows.begin), end = static_cast<int>(rows.end);
+    // Where the next step's rows are: an order is read a step ahead, for the copies need what it says at once.
+    int grad_rows[kRowsOfStep], x_rows[kRowsOfStep];
+    const auto look_up = [&](int first) {
+      CUTE_UNROLL
+      for (int i = 0; i < kRowsOfStep; ++i) {
+        const int row = first + share.row + i * kGatherStep;
+        grad_rows[i] = row < end ? w.grad.row(row) : -1;
+        x_rows[i] = row < end ? w.x.row(row) : -1;
+      }
+    };
+    look_up(begin);
+    for (int first = begin; first < end; first += kK, at.advance()) {
+      char* a = ring + at.stage * kStageBytes;
+      Empty::wait(&barriers.empty[at.stage], at.phase ^ 1);
+      gather_boxes<T, kWideM / kSwizzledRow>(w.grad, grad_rows, tile.row_tile * kWideM, w.n, a, share);
+      gather_boxes<T, kWideN / kSwizzledRow>(w.x, x_rows, tile.column_tile * kWideN, w.k, a + kABytes, share);
+      behind.started();
+      look_up(first + kK);
+    }
+  }
+  behind.finish();
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    gradient_kernel(const __grid_constant__ GradientWork w, int down, int across) {
+  extern __shared__ char unaligned[];
+  char *ring = aligned_ring(unaligned), *staged = ring + kStages * kStageBytes;
+  __shared__ __align__(8) Full::ValueType full[kStages];
+  __shared__ __align__(8) Empty::ValueType empty[kStages];
+  const Barriers barriers = {full, empty};
+  init(barriers, kGroup);
+  __syncthreads();
+
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < kGroup) {
+    cutlass::arch::warpgroup_reg_dealloc<kLoadRegisters>();
+    gather_gradient<T>(w, down, across, ring, barriers, thread);
+    return;
+  }
+  cutlass::arch::warpgroup_reg_alloc<kMultiplyRegisters>();
+  const int consumer = (thread - kGroup) / kGroup, warp = (thread - kGroup) / 32;
+  const uint64_t first_a = descriptor<kInColumns>(ring + consumer * kBoxBytes);
+  const uint64_t first_b = descriptor<kInColumns>(ring + kABytes);
+  const int count = w.experts * down * across;
+  Place at;
+  float sums[kWideSums];
+  for (int index = static_cast<int>(blockIdx.x); index < count; index += static_cast<int>(gridDim.x)) {
+    const GradientTile tile = gradient_tile(index, down, across);
+    const Segment rows = segment(w.offset, tile.expert, w.rows);
+    const int steps = static_cast<int>(rows.end - rows.begin + kK - 1) / kK;
+    multiply_tile<T, kInColumns, kInColumns>(steps, first_a, first_b, barriers, at, sums);
+    finish_gradient<T>(w, tile.expert, tile.row_tile * kWideM + 16 * warp, tile.column_tile * kWideN, sums,
+                       reinterpret_cast<float*>(staged) + warp * kStagedFloats, thread % 32);
   }
 }
 
@@ -291,6 +420,17 @@ void multiply_grouped_sm90(const Stream& stream, const GroupedWork& work, Groupe
     });
   };
   type.dtype == DType::BFloat16 ? go(bfloat16{}) : go(float16{});
+}
+
+void multiply_gradient_sm90(const Stream& stream, const GradientWork& work, DType dtype, int processors) {
+  const int64_t down = blocks_for(work.n, kWideM), across = blocks_for(work.k, kWideN);
+  const int64_t tiles = work.experts * down * across;
+  const auto go = [&]<class T>(T) {
+    auto* kernel = gradient_kernel<T>;
+    stream.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kFixedBytes));
+    launch(kernel, tiles < processors ? tiles : processors, kThreads, kFixedBytes, stream, work, down, across);
+  };
+  dtype == DType::BFloat16 ? go(bfloat16{}) : go(float16{});
 }
 
 }  // namespace fastpost::cuda

@@ -37,6 +37,50 @@ void product_kernel(GroupedWork w) {
   }
 }
 
+template <class T>
+void gradient_kernel(GradientWork w, int down, int across) {
+  FP_DYNAMIC_SHARED(float, all_staged);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  for (int index = static_cast<int>(blockIdx.x); index < w.experts * down * across;
+       index += static_cast<int>(gridDim.x)) {
+    const GradientTile tile = gradient_tile(index, down, across);
+    const Segment rows = segment(w.offset, tile.expert, w.rows);
+    const int first_n = tile.row_tile * kWideM + 16 * warp, first_k = tile.column_tile * kWideN;
+    float sums[kWideSums] = {};
+    for (int half = 0; half < 2; ++half) {
+      const int n = first_n + lane / 4 + 8 * half;
+      for (int j = 0; j < kWideN / 4 && n < w.n; ++j) {
+        const int column = j / 2 * 8 + lane % 4 * 2 + j % 2, k = first_k + column;
+        if (k >= w.k) continue;
+        float sum = 0.0f;
+        for (int row = static_cast<int>(rows.begin); row < rows.end; ++row) {
+          sum += to_float(static_cast<const T*>(w.grad.data)[w.grad.row(row) * w.grad.stride + n]) *
+                 to_float(static_cast<const T*>(w.x.data)[w.x.row(row) * w.x.stride + k]);
+        }
+        sums[wide_sum(half, column)] = sum;
+      }
+    }
+    finish_gradient<T>(w, tile.expert, first_n, first_k, sums, all_staged + warp * kStagedFloats, lane);
+  }
+}
+
+// Each chunk of 16 bytes of 128 rows of 128 bytes is copied once, to where the copy engine's swizzle has it: bits 4 to 6 of an
+// address are crossed with bits 7 to 9.
+constexpr bool gathers_all() {
+  bool seen[128 * 8] = {};
+  for (int thread = 0; thread < 128; ++thread) {
+    const GatherShare share = gather_share(thread);
+    for (int i = 0; i < 128 / kGatherStep; ++i) {
+      const int plain = (share.row + i * kGatherStep) * 128 + share.column * 2;
+      const int to = share.offset + i * kGatherBytes;
+      if (to != (plain ^ (plain >> 7 & 7) << 4) || seen[to / 16]) return false;
+      seen[to / 16] = true;
+    }
+  }
+  return true;  // 1024 chunks, none of them twice: all
+}
+static_assert(gathers_all());
+
 }  // namespace
 
 void multiply_grouped_sm90(const Stream& stream, const GroupedWork& work, GroupedType type, int processors) {
@@ -46,6 +90,16 @@ void multiply_grouped_sm90(const Stream& stream, const GroupedWork& work, Groupe
     launch(product_kernel<T>, tiles < processors ? tiles : processors, kThreads, shared, stream, work);
   };
   type.dtype == DType::BFloat16 ? go(bfloat16{}) : go(float16{});
+}
+
+void multiply_gradient_sm90(const Stream& stream, const GradientWork& work, DType dtype, int processors) {
+  const int64_t down = blocks_for(work.n, kWideM), across = blocks_for(work.k, kWideN);
+  const int64_t tiles = work.experts * down * across;
+  const auto go = [&]<class T>(T) {
+    launch(gradient_kernel<T>, tiles < processors ? tiles : processors, kThreads, kThreads / 32 * kStagedFloats * 4,
+           stream, work, down, across);
+  };
+  dtype == DType::BFloat16 ? go(bfloat16{}) : go(float16{});
 }
 
 }  // namespace fastpost::cuda

@@ -229,6 +229,7 @@ GRADIENT = {
     "odd": Gradient(37, 3, 5, 23, 19),
     "odd-transposed": Gradient(37, 3, 5, 23, 19, transposed=True),
     "several-tiles": Gradient(70, 2, 2, 200, 144),
+    "many-tiles": Gradient(6, 1, 2, 2200, 264),  # more of them than pass over the columns together
     "absent": Gradient(45, 2, 6, 32, 72, absent=0.3),
     "one-has-all": Gradient(150, 1, 3, 24, 16, one_expert=True),
     "no-tokens": Gradient(0, 2, 3, 24, 16),
@@ -237,7 +238,9 @@ GRADIENT = {
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", GRADIENT)
-def test_weight_gradient(name, dtype, core):
+def test_weight_gradient(name, dtype, core, capability):
+    if capability == 9 and dtype == torch.float32:
+        pytest.skip("runs what runs on sm_80")
     case = GRADIENT[name]
     grad, x, plan = case.inputs(dtype)
     grad_rows, x_rows = grad[plan.order.long()], x[plan.order.long() // case.k]
