@@ -103,22 +103,22 @@ __device__ inline void copy_async(void* shared, const void* global, bool exists)
       "l"(global), "r"(exists ? 16 : 0)
       : "memory");
 #else
-  if (exists) {
-    memcpy(shared, global, 16);
-  } else {
-    memset(shared, 0, 16);
-  }
+  cuda_on_host::copy_later(shared, exists ? global : nullptr);
 #endif
 }
 __device__ inline void copies_commit() {
 #ifdef __CUDACC__
   asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+  cuda_on_host::close_copies();
 #endif
 }
 template <int kNewest>  // all but the newest groups are there
 __device__ inline void copies_wait() {
 #ifdef __CUDACC__
   asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
+#else
+  cuda_on_host::wait_for_copies(kNewest);
 #endif
 }
 

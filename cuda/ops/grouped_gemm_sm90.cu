@@ -270,10 +270,10 @@ template <class T, bool kTransposed>
 __global__ void __launch_bounds__(kThreads, 1)
     product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
                    const __grid_constant__ GroupedWork w) {
-  extern __shared__ char unaligned[];
+  FP_DYNAMIC_SHARED(char, unaligned);
   char *ring = aligned_ring(unaligned), *staged = ring + kStages * kStageBytes;
-  __shared__ __align__(8) Full::ValueType full[kStages];
-  __shared__ __align__(8) Empty::ValueType empty[kStages];
+  __shared__ Full::ValueType full[kStages];
+  __shared__ Empty::ValueType empty[kStages];
   const Barriers barriers = {full, empty};
   init(barriers, w.x.order ? 1 + kGroup : 1);  // the copy engine's, and those who gather
   clear_grad_gate(w);
@@ -364,10 +364,10 @@ __device__ __forceinline__ void gather_gradient(const GradientWork& w, int down,
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     gradient_kernel(const __grid_constant__ GradientWork w, int down, int across) {
-  extern __shared__ char unaligned[];
+  FP_DYNAMIC_SHARED(char, unaligned);
   char *ring = aligned_ring(unaligned), *staged = ring + kStages * kStageBytes;
-  __shared__ __align__(8) Full::ValueType full[kStages];
-  __shared__ __align__(8) Empty::ValueType empty[kStages];
+  __shared__ Full::ValueType full[kStages];
+  __shared__ Empty::ValueType empty[kStages];
   const Barriers barriers = {full, empty};
   init(barriers, kGroup);
   __syncthreads();
