@@ -103,7 +103,9 @@ __device__ inline void copy_async(void* shared, const void* global, bool exists)
       "l"(global), "r"(exists ? 16 : 0)
       : "memory");
 #else
-  cuda_on_host::copy_later(shared, exists ? global : nullptr);
+  cuda_on_host::copy_later(
+      [](void* to, const void* from) { from ? void(memcpy(to, from, 16)) : void(memset(to, 0, 16)); }, shared,
+      exists ? global : nullptr);
 #endif
 }
 __device__ inline void copies_commit() {

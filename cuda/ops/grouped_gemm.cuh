@@ -380,6 +380,18 @@ __host__ __device__ constexpr GatherShare gather_share(int thread) {
   return {row, chunk * 8, row * 128 + (chunk ^ row % 8) * 16};
 }
 
+// A factor in shared memory lies in rows of 128 bytes, swizzled. Either they are rows of the product with what is summed over in
+// them, 64 of it; or 64 rows of the product are in each, and the next 64 a box of 64 rows of 128 bytes further.
+constexpr int kBoxBytes = 64 * 128;
+// What a matrix descriptor (PTX ISA) says of that, without the address.
+__host__ __device__ constexpr uint64_t wide_descriptor(bool in_columns) {
+  const uint64_t swizzle_of_128 = uint64_t{1} << 62, next_eight = uint64_t{8 * 128 >> 4} << 32;
+  const uint64_t next_box = in_columns ? kBoxBytes >> 4 : 1;  // 1: where it has no meaning
+  return swizzle_of_128 | next_eight | next_box << 16;
+}
+// From 16 of what is summed over to the next, as descriptors count bytes.
+__host__ __device__ constexpr int wide_step(bool in_columns) { return (in_columns ? 16 * 128 : 16 * 2) >> 4; }
+
 // Hands out a warp's sums, 16 columns of either half at a time, through its own corner of shared memory: use(column, from)
 // with two lanes to a row, `from` at a lane's eight columns of the first half; those of the second are kStagedColumns on.
 template <class F>

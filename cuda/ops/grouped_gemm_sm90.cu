@@ -5,9 +5,11 @@
 // lies in grouped order (rows of the next expert come along and are not written), else row by row by cp.async. Blocks stay
 // and walk over tiles; the loading group is already in the next tile while the others finish one.
 //
-// Compiled for sm_90a; no GPU has run it yet, and only its tiles, its gathering and what follows WGMMA are tested on the host.
-// What is expected to limit it: a step of 64 loads 48 KB for 1024 cycles of matrix instructions, 48 bytes a cycle where the L2
-// cache gives about 40, so at most some 80 % of the peak until blocks in a cluster share what they load.
+// No GPU has run it yet. Tests run these very kernels on the host, where barriers, the copy engine and WGMMA have stand-ins.
+// nvcc 13.0: 168 registers for each thread (88 and 208 once the groups have parted), 213 KB of shared memory and 8 bytes for each
+// expert, no spills. What is expected to limit the product: a step of 64 loads 48 KB in 1024 cycles of matrix instructions, 48
+// bytes a cycle where the L2 cache gives a multiprocessor about 40, so some 80 % of the peak until blocks of a cluster share
+// what they load; and between tiles the matrix units wait while results are written.
 #include <cuda.h>
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
@@ -33,6 +35,7 @@ constexpr int kLoadRegisters = 88, kMultiplyRegisters = 208;
 static_assert(kGroup * kLoadRegisters + kConsumers * kMultiplyRegisters <= 168 * kThreads);
 
 constexpr int kStages = 4, kK = kSwizzledRow;
+static_assert(kBoxBytes == kK * kSwizzledRow * 2);
 constexpr int kABytes = kWideM * kK * 2, kBBytes = kWideN * kK * 2, kStageBytes = kABytes + kBBytes;
 constexpr int kStagedBytes = kConsumers / 32 * kStagedFloats * 4;
 constexpr int kFixedBytes = 1024 + kStages * kStageBytes + kStagedBytes;  // tiles have to begin at multiples of 1024
@@ -57,31 +60,24 @@ __device__ __forceinline__ void multiply(uint64_t a, uint64_t b, float (&d)[kWid
   Atom<T, kA, kB>::fma(a, b, d[I]..., scale);
 }
 
-// A tile in shared memory for WGMMA, rows of 128 bytes swizzled over 8 of them (PTX ISA, matrix descriptor). Rows of the
-// product with its columns in them: the next 8 are 1024 bytes on. Columns with 64 rows in them: the next 8 columns are 1024
-// bytes on, the next 64 rows a whole box. CuTe's make_gmma_desc says the same of its layouts.
-constexpr int kBoxBytes = kK * kSwizzledRow * 2;
 template <Lies kLies>
 __device__ __forceinline__ uint64_t descriptor(const void* shared) {
   const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEight = uint64_t{1024 >> 4} << 32;
-  constexpr uint64_t kNextRows = kLies == kInColumns ? kBoxBytes >> 4 : 1;  // 1: where it has no meaning
-  return kSwizzle128 | kEight | kNextRows << 16 | (address & 0x3ffff) >> 4;
+  return wide_descriptor(kLies == kInColumns) | (address & 0x3ffff) >> 4;
 }
-template <Lies kLies>
-constexpr int kNext16 = (kLies == kInColumns ? 2 * 1024 : 32) >> 4;  // to the next 16 columns
 
 // sums (+)= a · b over 64 columns; on return the products that were started before these are done.
 template <class T, Lies kA, Lies kB>
 __device__ __forceinline__ void multiply_step(uint64_t a, uint64_t b, float (&sums)[kWideSums], bool first) {
   constexpr auto kAll = std::make_index_sequence<kWideSums>{};
+  constexpr int kNextA = wide_step(kA == kInColumns), kNextB = wide_step(kB == kInColumns);
   CUTE_UNROLL
   for (int i = 0; i < kWideSums; ++i) cute::warpgroup_fence_operand(sums[i]);
   cute::warpgroup_arrive();
   CUTE_UNROLL
   for (int k = 0; k < kK / 16; ++k) {
     const auto scale = first && k == 0 ? gmma::ScaleOut::Zero : gmma::ScaleOut::One;
-    multiply<T, kA, kB>(a + k * kNext16<kA>, b + k * kNext16<kB>, sums, scale, kAll);
+    multiply<T, kA, kB>(a + k * kNextA, b + k * kNextB, sums, scale, kAll);
   }
   cute::warpgroup_commit_batch();
   cute::warpgroup_wait<1>();

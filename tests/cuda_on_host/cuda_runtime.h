@@ -77,11 +77,12 @@ void* dynamic_shared();
 // Dynamic shared memory as the hardware counts its bytes, and back.
 uint32_t shared_address(const void* pointer);
 const void* shared_pointer(uint32_t address);
-// Copies of 16 bytes (zeros without a source) that are made when their group is waited for, and not before.
-void copy_later(void* shared, const void* global);
+// Calls copy(shared, global) when the group of copies is waited for, and not before.
+void copy_later(void (*copy)(void*, const void*), void* shared, const void* global);
 void close_copies();
 void wait_for_copies(int newest);
-// Lets other threads run until ready(context).
+// Lets other threads run, or until ready(context).
+void yield();
 void wait_until(bool (*ready)(void*), void* context);
 // The launch ends with this message; for what a GPU would answer with a hang or with nonsense.
 [[noreturn]] void fail(const char* what);

@@ -6,7 +6,6 @@
 // data race however the fibres happen to be scheduled. This file itself is compiled without the sanitizer.
 #include <ucontext.h>
 
-#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -36,6 +35,7 @@ constexpr size_t kStackBytes = 128 << 10;
 enum class State { Ready, AtBlockBarrier, AtWarpBarrier, AtCondition, Failed, Done };
 
 struct Copy {
+  void (*copy)(void*, const void*);
   void* shared;
   const void* global;
   int group;
@@ -175,20 +175,25 @@ const void* shared_pointer(uint32_t address) {
   return reinterpret_cast<const char*>(machine.dynamic.data()) + (address - kFirstShared);
 }
 
-void copy_later(void* shared, const void* global) {
+void copy_later(void (*copy)(void*, const void*), void* shared, const void* global) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0) {
+    fail("a copy of 16 bytes that is not aligned");
+  }
   Fibre& me = machine.self();
-  me.copies.push_back({shared, global, me.group});
+  me.copies.push_back({copy, shared, global, me.group});
 }
 void close_copies() { ++machine.self().group; }
 void wait_for_copies(int newest) {
   Fibre& me = machine.self();
   size_t done = 0;
   for (; done < me.copies.size() && me.copies[done].group < me.group - newest; ++done) {
-    const Copy& copy = me.copies[done];
-    copy.global ? void(memcpy(copy.shared, copy.global, 16)) : void(memset(copy.shared, 0, 16));
+    const Copy& c = me.copies[done];
+    c.copy(c.shared, c.global);
   }
   me.copies.erase(me.copies.begin(), me.copies.begin() + static_cast<std::ptrdiff_t>(done));
 }
+
+void yield() { machine.wait(State::Ready); }
 
 void wait_until(bool (*ready)(void*), void* context) {
   if (ready(context)) return;

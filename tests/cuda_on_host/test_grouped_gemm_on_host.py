@@ -105,6 +105,26 @@ def test_forward_of_tensor_cores(case, dtype, core, capability):
     check_forward(case, dtype, core)
 
 
+@pytest.mark.parametrize("before,after", [(0, 8), (8, 16), (1, 0), (0, 3), (4, 4)])  # aligned for 16 bytes or not
+@pytest.mark.parametrize("transposed", [False, True])
+def test_views(before, after, transposed, core, capability):
+    case = routed("views", 90, 1, 2, 40, 48, "swiglu", transposed=transposed, gather=before == 0)
+    (x, weight, offset), options = case.inputs(torch.bfloat16)
+
+    def apart(t):
+        room = torch.full((*t.shape[:-1], before + t.shape[-1] + after), NAN).to(t)
+        room[..., before : before + t.shape[-1]] = t
+        return room[..., before : before + t.shape[-1]]
+
+    expected, _ = forward(core, x, weight, offset, **options)
+    out = apart(torch.full_like(expected, NAN))
+    apart_weight = apart(weight.mT.contiguous()).mT if transposed else apart(weight)
+    space, order = workspace(core, weight, len(out)), options.get("order")
+    core.grouped_gemm(apart(x), order, 1, apart_weight, offset, None, number("swiglu"), space, None, out)
+    truth = reference.grouped_gemm(x.double(), weight.double(), offset, **options)
+    assert error(out, truth) <= 1.2 * error(expected, truth) + 1e-6
+
+
 # ---- the backward through an activation ----
 
 

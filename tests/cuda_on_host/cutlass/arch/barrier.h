@@ -31,7 +31,10 @@ class ClusterBarrier {
         },
         &condition);
   }
-  static void arrive(ValueType* barrier) { change(barrier, 1, 0); }
+  static void arrive(ValueType* barrier) {
+    change(barrier, 1, 0);
+    cuda_on_host::yield();  // who waited goes on before anything else happens
+  }
 
  protected:
   struct State {
