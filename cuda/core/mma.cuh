@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Matrix instructions of compute capability 8.0 and what feeds them: asynchronous copies to shared memory and ldmatrix.
-// Where this is compiled as plain C++ (tests/cuda_on_host), each does the same by shuffles and copies.
+// Where this is compiled as plain C++ (tests/cuda_on_host), each does the same by exchanges and copies.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,19 @@
 #include "cuda/core/vec.cuh"
 
 namespace fastpost::cuda {
+
+#ifndef __CUDACC__
+// What each lane of the warp passes, for all of them.
+template <class V>
+inline void exchange(const V& mine, V (&all)[32]) {
+  static V shown[1024 / 32][32];
+  const unsigned warp = threadIdx.x / 32;
+  shown[warp][threadIdx.x % 32] = mine;
+  __syncwarp();
+  memcpy(all, shown[warp], sizeof all);
+  __syncwarp();  // before anyone shows the next
+}
+#endif
 
 // d += a · b with a [16, 16], b [16, 8], d [16, 8] over a warp. Lane 4g + t holds (PTX ISA, mma.m16n8k16)
 //   a: rows g, g + 8, g, g + 8, columns 2t and 2t + 1, the last two registers 8 columns on;
@@ -28,17 +41,16 @@ __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, u
   }
 #else
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
-  uint32_t all[32][6];
-  for (int other = 0; other < 32; ++other) {
-    for (int r = 0; r < 6; ++r) all[lane ^ other][r] = other ? __shfl_xor_sync(0xffffffffu, mine[r], other) : mine[r];
-  }
+  struct Registers {
+    uint32_t r[6];
+  } all[32];
+  exchange(Registers{{a[0], a[1], a[2], a[3], b0, b1}}, all);
   const auto half = [](uint32_t pair, int h) { return to_float(T{static_cast<uint16_t>(pair >> 16 * h)}); };
   for (int r = 0; r < 4; ++r) {
     const int row = lane / 4 + 8 * (r / 2), column = lane % 4 * 2 + r % 2;
     for (int k = 0; k < 16; ++k) {
       const int t = k % 8 / 2, h = k % 2;
-      d[r] += half(all[row % 8 * 4 + t][row / 8 + k / 8 * 2], h) * half(all[column * 4 + t][4 + k / 8], h);
+      d[r] += half(all[row % 8 * 4 + t].r[row / 8 + k / 8 * 2], h) * half(all[column * 4 + t].r[4 + k / 8], h);
     }
   }
 #endif
@@ -55,15 +67,29 @@ __device__ inline void load_matrices(const void* row, uint32_t (&out)[4]) {
                : "memory");
 #else
   const int lane = static_cast<int>(threadIdx.x % 32);
-  uint32_t address[2];
-  memcpy(address, &row, sizeof row);
   const char* rows[32];
-  for (int other = 0; other < 32; ++other) {
-    uint32_t words[2];
-    for (int w = 0; w < 2; ++w) words[w] = other ? __shfl_xor_sync(0xffffffffu, address[w], other) : address[w];
-    memcpy(&rows[lane ^ other], words, sizeof row);
-  }
+  exchange(static_cast<const char*>(row), rows);
   for (int m = 0; m < 4; ++m) memcpy(&out[m], rows[8 * m + lane / 4] + 4 * (lane % 4), 4);
+#endif
+}
+
+// The same, but each matrix is transposed on the way: lane l gets elements l / 4 of rows 2·(l % 4) and 2·(l % 4) + 1.
+__device__ inline void load_matrices_transposed(const void* row, uint32_t (&out)[4]) {
+#ifdef __CUDACC__
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(address)
+               : "memory");
+#else
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const char* rows[32];
+  exchange(static_cast<const char*>(row), rows);
+  for (int m = 0; m < 4; ++m) {
+    uint16_t pair[2];
+    for (int h = 0; h < 2; ++h) memcpy(&pair[h], rows[8 * m + lane % 4 * 2 + h] + 2 * (lane / 4), 2);
+    memcpy(&out[m], pair, 4);
+  }
 #endif
 }
 
@@ -77,22 +103,24 @@ __device__ inline void copy_async(void* shared, const void* global, bool exists)
       "l"(global), "r"(exists ? 16 : 0)
       : "memory");
 #else
-  if (exists) {
-    memcpy(shared, global, 16);
-  } else {
-    memset(shared, 0, 16);
-  }
+  cuda_on_host::copy_later(
+      [](void* to, const void* from) { from ? void(memcpy(to, from, 16)) : void(memset(to, 0, 16)); }, shared,
+      exists ? global : nullptr);
 #endif
 }
 __device__ inline void copies_commit() {
 #ifdef __CUDACC__
   asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+  cuda_on_host::close_copies();
 #endif
 }
 template <int kNewest>  // all but the newest groups are there
 __device__ inline void copies_wait() {
 #ifdef __CUDACC__
   asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
+#else
+  cuda_on_host::wait_for_copies(kNewest);
 #endif
 }
 

@@ -16,6 +16,7 @@
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <utility>
 
+#include "cuda/core/tensor_map.cuh"
 #include "cuda/ops/int4_gemm.cuh"
 
 namespace fastpost::cuda {
@@ -474,30 +475,10 @@ __global__ void __launch_bounds__(kThreads, 1)
                            [&](int half) { return 32 * (2 * h + half) + 8 * j; });
 }
 
-// x [m, k] as the copy engine sees it; what lies outside reads as zero.
-CUtensorMap describe(const Stream& stream, const Tensor& x, int tile) {
-  static const auto encode = [&] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    stream.check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
-  }();
-  CUtensorMap map;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(x.size(1)), static_cast<cuuint64_t>(x.size(0))};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(x.stride(0)) * 2};
-  const cuuint32_t box[2] = {kStageColumns, static_cast<cuuint32_t>(tile)}, one[2] = {1, 1};
-  const auto type = x.dtype == DType::BFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult status =
-      encode ? encode(&map, type, 2, x.data, sizes, strides, box, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
-             : CUDA_ERROR_NOT_FOUND;
-  stream.check(status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue);
-  return map;
-}
-
 template <class T, int kTile, int kParts, bool kBackward>
 void launch_parts(const Stream& stream, const Tensor& x, TilesWork& work) {
-  const CUtensorMap map = describe(stream, x, kTile);
+  const CUtensorMap map =
+      tensor_map<2>(stream, x.dtype, x.data, {x.size(1), x.size(0)}, {x.stride(0)}, {kStageColumns, kTile});
   constexpr int kStaged = kBackward ? backward_stages(kTile) * (stage_bytes(kTile) + kStepBytes)
                                     : stages(kTile) * stage_bytes(kTile) + kRingBytes;
   constexpr int kOut = kTile * kOutRow * 2;

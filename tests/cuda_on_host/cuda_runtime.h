@@ -16,6 +16,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
+#define __grid_constant__
 #define __shared__ static  // one block at a time, so one copy is enough
 #define FP_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(cuda_on_host::dynamic_shared())
 
@@ -37,7 +38,12 @@ inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 
 // ---- runtime API ----
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorInvalidDevice = 101 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDevice = 101
+};
 using cudaStream_t = struct CUstream_st*;
 
 struct cudaLaunchConfig_t {
@@ -53,6 +59,12 @@ inline cudaError_t cudaGetDevice(int* device) {
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75 };
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute,
+                                 int bytes) {  // what a block of compute capability 9.0 can have
+  return bytes <= 227 << 10 ? cudaSuccess : cudaErrorInvalidConfiguration;
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorName(cudaError_t e) {
   return e == cudaErrorInvalidDevice ? "cudaErrorInvalidDevice" : "cudaErrorInvalidConfiguration";
@@ -62,6 +74,18 @@ inline const char* cudaGetErrorString(cudaError_t) { return "refused by cuda_on_
 namespace cuda_on_host {
 
 void* dynamic_shared();
+// Dynamic shared memory as the hardware counts its bytes, and back.
+uint32_t shared_address(const void* pointer);
+const void* shared_pointer(uint32_t address);
+// Calls copy(shared, global) when the group of copies is waited for, and not before.
+void copy_later(void (*copy)(void*, const void*), void* shared, const void* global);
+void close_copies();
+void wait_for_copies(int newest);
+// Lets other threads run, or until ready(context).
+void yield();
+void wait_until(bool (*ready)(void*), void* context);
+// The launch ends with this message; for what a GPU would answer with a hang or with nonsense.
+[[noreturn]] void fail(const char* what);
 // Calls body(context) once per thread of every block. Throws std::runtime_error when threads wait for each other
 // forever.
 cudaError_t run(const cudaLaunchConfig_t& config, void (*body)(void*), void* context);
@@ -74,6 +98,8 @@ void forget_barriers();
 void set_capability(int major);
 
 }  // namespace cuda_on_host
+
+inline size_t __cvta_generic_to_shared(const void* pointer) { return cuda_on_host::shared_address(pointer); }
 
 template <class... Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),

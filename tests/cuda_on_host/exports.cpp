@@ -7,6 +7,7 @@
 
 #include "cuda/core/launch.h"
 #include "cuda/ops.h"
+#include "cuda/ops/grouped_gemm.cuh"
 
 namespace {
 
@@ -54,6 +55,34 @@ void forward_columns(fastpost::Tensor hidden, fastpost::Tensor weight, fastpost:
   *out.ptr<int64_t>() = cuda::linear_logprob_forward_columns(hidden, weight);
 }
 
+// Which rows and columns the tiles of a grouped product are: out [tiles, 4], as many as there can be; -1 where there is none.
+void tiles_kernel(const int32_t* offset, int experts, int rows, int tile_rows, int column_tiles, int32_t* out) {
+  FP_DYNAMIC_SHARED(char, shared);
+  const cuda::GroupedTiles tiles = cuda::make_tiles(offset, experts, rows, tile_rows, column_tiles, shared);
+  for (int i = static_cast<int>(threadIdx.x); i < tiles.count(); i += static_cast<int>(blockDim.x)) {
+    const cuda::GroupedTile tile = tiles.at(i);
+    out[4 * i] = tile.expert;
+    out[4 * i + 1] = tile.first_row;
+    out[4 * i + 2] = tile.end_row;
+    out[4 * i + 3] = tile.column_tile;
+  }
+}
+
+void grouped_tiles(fastpost::Tensor offset, int64_t rows, int64_t tile_rows, int64_t column_tiles,
+                   fastpost::Tensor out) {
+  const cuda::Stream stream("grouped_gemm", offset);
+  const int experts = static_cast<int>(offset.size(0)) - 1;
+  if (cuda::most_row_tiles(rows, experts, static_cast<int>(tile_rows)) * column_tiles != out.size(0)) {
+    throw std::runtime_error("out has another number of tiles");
+  }
+  cuda::launch(tiles_kernel, 1, 64, cuda::tiles_bytes(experts), stream, offset.ptr<int32_t>(), experts, rows, tile_rows,
+               column_tiles, out.ptr<int32_t>());
+}
+
+void grouped_bytes(fastpost::Tensor weight, int64_t rows, fastpost::Tensor out) {
+  *out.ptr<int64_t>() = cuda::grouped_gemm_bytes(weight, rows);
+}
+
 struct Export {
   const char* name;
   void* function;
@@ -90,6 +119,8 @@ const Export exports[] = {
     {"grouped_gemm_activation_backward", address<cuda::grouped_gemm_activation_backward>},
     {"grouped_gemm_weight_gradient", address<cuda::grouped_gemm_weight_gradient>},
     {"grouped_gemm_activate", address<cuda::grouped_gemm_activate>},
+    {"grouped_tiles", address<grouped_tiles>},
+    {"grouped_bytes", address<grouped_bytes>},
 };
 
 }  // namespace

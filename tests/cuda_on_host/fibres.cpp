@@ -8,6 +8,7 @@
 
 #include <memory>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -31,7 +32,14 @@ namespace {
 constexpr int kWarp = 32, kMaxThreads = 1024;
 constexpr size_t kStackBytes = 128 << 10;
 
-enum class State { Ready, AtBlockBarrier, AtWarpBarrier, Done };
+enum class State { Ready, AtBlockBarrier, AtWarpBarrier, AtCondition, Failed, Done };
+
+struct Copy {
+  void (*copy)(void*, const void*);
+  void* shared;
+  const void* global;
+  int group;
+};
 
 struct Fibre {
   ucontext_t context;
@@ -39,6 +47,10 @@ struct Fibre {
   void* tsan = nullptr;
   State state = State::Done;
   int barriers = 0, warp_barriers = 0, shuffles = 0;
+  bool (*ready)(void*) = nullptr;
+  void* ready_context = nullptr;
+  std::vector<Copy> copies;      // of groups, the oldest first
+  int group = 0;                 // that is open
   uint32_t shared_with_warp[2];  // two, so that a fast lane's next shuffle cannot overwrite what a slow one still reads
 };
 
@@ -49,6 +61,7 @@ struct Machine {
   int threads = 0, current = 0, skipped_barrier = -1, most_barriers = 0, capability = 8;
   void (*body)(void*) = nullptr;
   void* context = nullptr;
+  const char* failure = nullptr;
   std::vector<std::max_align_t> dynamic;
   char start, end;  // sanitizer's sync objects: only their addresses count
   // Two, or a fast thread's next arrival would order too much; three where one in between may be left out.
@@ -116,14 +129,17 @@ void run_block(bool reversed) {
   for (int i = 0; i < n; ++i) {
     Fibre& f = machine.fibres[i];
     f.state = State::Ready;
-    f.barriers = f.warp_barriers = f.shuffles = 0;
+    f.barriers = f.warp_barriers = f.shuffles = f.group = 0;
+    f.copies.clear();
   }
   __tsan_release(&machine.start);
   for (bool progress = true; progress;) {
     progress = false;
     for (int k = 0; k < n; ++k) {
       const int i = reversed ? n - 1 - k : k;
-      if (machine.fibres[i].state != State::Ready) continue;
+      Fibre& f = machine.fibres[i];
+      if (f.state == State::AtCondition && f.ready(f.ready_context)) f.state = State::Ready;
+      if (f.state != State::Ready) continue;
       resume(i);
       progress = true;
     }
@@ -135,15 +151,63 @@ void run_block(bool reversed) {
     const Fibre& f = machine.fibres[i];
     if (f.state == State::Done && f.barriers == machine.fibres[0].barriers) continue;
     const bool stuck = f.state != State::Done;
+    const char* failure = machine.failure;
+    machine.failure = nullptr;
     machine.fibres.clear();
-    throw std::runtime_error(stuck ? "cuda_on_host: threads of a block wait for each other forever"
-                                   : "cuda_on_host: not all threads of a block met the same number of __syncthreads");
+    throw std::runtime_error(failure ? std::string("cuda_on_host: ") + failure
+                             : stuck ? "cuda_on_host: threads of a block wait for each other forever"
+                                     : "cuda_on_host: not all threads of a block met the same number of __syncthreads");
   }
 }
 
 }  // namespace
 
 void* dynamic_shared() { return machine.dynamic.data(); }
+
+constexpr uint32_t kFirstShared = 1 << 10;  // what a block has of its own comes first
+uint32_t shared_address(const void* pointer) {
+  return kFirstShared + static_cast<uint32_t>(static_cast<const char*>(pointer) -
+                                              reinterpret_cast<const char*>(machine.dynamic.data()));
+}
+const void* shared_pointer(uint32_t address) {
+  if (address < kFirstShared || address - kFirstShared >= machine.dynamic.size() * sizeof(std::max_align_t)) {
+    fail("an address outside of dynamic shared memory");
+  }
+  return reinterpret_cast<const char*>(machine.dynamic.data()) + (address - kFirstShared);
+}
+
+void copy_later(void (*copy)(void*, const void*), void* shared, const void* global) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0) {
+    fail("a copy of 16 bytes that is not aligned");
+  }
+  Fibre& me = machine.self();
+  me.copies.push_back({copy, shared, global, me.group});
+}
+void close_copies() { ++machine.self().group; }
+void wait_for_copies(int newest) {
+  Fibre& me = machine.self();
+  size_t done = 0;
+  for (; done < me.copies.size() && me.copies[done].group < me.group - newest; ++done) {
+    const Copy& c = me.copies[done];
+    c.copy(c.shared, c.global);
+  }
+  me.copies.erase(me.copies.begin(), me.copies.begin() + static_cast<std::ptrdiff_t>(done));
+}
+
+void yield() { machine.wait(State::Ready); }
+
+void wait_until(bool (*ready)(void*), void* context) {
+  if (ready(context)) return;
+  Fibre& me = machine.self();
+  me.ready = ready;
+  me.ready_context = context;
+  machine.wait(State::AtCondition);
+}
+
+void fail(const char* what) {
+  machine.failure = what;
+  for (;;) machine.wait(State::Failed);
+}
 void skip_barrier(int n) { machine.skipped_barrier = n; }
 int most_barriers() { return machine.most_barriers; }
 void forget_barriers() { machine.most_barriers = 0; }

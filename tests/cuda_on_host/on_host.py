@@ -19,8 +19,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 COMPILER = os.environ.get("CXX", "g++")
 KERNELS = sorted((ROOT / "cuda" / "ops").glob("*.cu"))
-# Those with matrix instructions cannot; a file of the same name in this folder stands in for them.
-SOURCES = [HERE / f"{k.stem}.cpp" if k.stem.endswith("_sm90") else k for k in KERNELS] + [HERE / "fibres.cpp"]
+# A file of the same name in this folder stands in for those whose matrix instructions have no stand-in here.
+SOURCES = [p if (p := HERE / f"{k.stem}.cpp").exists() else k for k in KERNELS] + [HERE / "fibres.cpp"]
 # -I of this folder comes first: it has the cuda_runtime.h that makes CUDA C++ plain C++.
 FLAGS = ["-x", "c++", "-std=c++20", "-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-DFP_ISA=on_host",
          "-DFASTPOST_SM90", f"-I{HERE}", f"-I{ROOT}", f"-I{ROOT}/cpp"]  # fmt: skip

@@ -107,6 +107,18 @@ def test_machine_code_is_hoppers(stem, compiled):
     assert sum(w.startswith("WARPGROUP.ARRIVE") for w in words) <= count["HGMMA"] // step
 
 
+@needs_cutlass
+def test_layouts_are_cutes(tmp_path):
+    program = tmp_path / "wgmma_layouts"
+    flags = ["-std=c++20", "-O1", "--expt-relaxed-constexpr", "-DNDEBUG", "-arch=sm_90a", "-isystem", CUTLASS]
+    include = [f"-I{on_host.ROOT}", f"-I{on_host.ROOT}/cpp"]
+    command = [NVCC, *flags, *include, on_host.HERE / "wgmma_layouts.cu", "-o", program]
+    subprocess.run([str(c) for c in command], check=True)
+    said = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    # CuTe mentions that on the host a shared address means nothing; it takes 0.
+    assert [line for line in said.splitlines() if "cast_smem_ptr_to_uint" not in line] == []
+
+
 SPILLING = """
 __global__ void __launch_bounds__(1024, 2) spilling(float* x, int n) {
   float a[64];
