@@ -126,7 +126,6 @@ void policy_loss_backward(Buffers& x) {
                              x.floats(x.b, kSequence), x.floats(x.c, kToken));
 }
 
-<<<<<<< HEAD
 struct Router {
   std::vector<float> logits = std::vector<float>(70 * 5), grad_logits = logits, gate = std::vector<float>(140, 0.5f);
   std::vector<float> probability = std::vector<float>(5), losses = std::vector<float>(2);
@@ -181,7 +180,8 @@ void moe_combine_backward(Buffers&) {
   cuda::moe_combine_backward(x.view_tokens(), x.view_rows(), x.view_place(), x.view_offset(), x.view_order(),
                              x.view_gate(), view(x.grad, kSlotRows, DType::Float32),
                              view(grad_gate, kChosen, DType::Float32));
-=======
+}
+
 // One expert with 40 rows, one tile; two steps along what is summed over.
 struct Grouped {
   static constexpr int64_t kX[] = {40, 48}, kW[] = {1, 16, 48}, kOut[] = {40, 16}, kOffset[] = {2}, kOrder[] = {40};
@@ -207,7 +207,6 @@ void grouped_gemm_weight_gradient(Buffers&) {
   cuda::grouped_gemm_weight_gradient(view(g.out_half, Grouped::kOut, DType::BFloat16), Tensor{}, 1,
                                      view(g.x_half, Grouped::kX, DType::BFloat16), g.orders(), 1, g.offsets(), Tensor{},
                                      view(g.weight_half, Grouped::kW, DType::BFloat16), Tensor{});
->>>>>>> moe-cuda
 }
 
 struct Entry {
@@ -227,7 +226,6 @@ constexpr Entry kEntries[] = {
     {"preference_loss_backward", preference_loss_backward},
     {"policy_loss", policy_loss},
     {"policy_loss_backward", policy_loss_backward},
-<<<<<<< HEAD
     {"moe_route", moe_route},
     {"moe_route_backward", moe_route_backward},
     {"moe_route_plan", moe_route_plan},
@@ -235,11 +233,9 @@ constexpr Entry kEntries[] = {
     {"moe_dispatch_backward", moe_dispatch_backward},
     {"moe_combine", moe_combine},
     {"moe_combine_backward", moe_combine_backward},
-=======
     {"grouped_gemm", grouped_gemm},
     {"grouped_gemm_half", grouped_gemm_half},
     {"grouped_gemm_weight_gradient", grouped_gemm_weight_gradient},
->>>>>>> moe-cuda
 };
 
 int races = 0;
