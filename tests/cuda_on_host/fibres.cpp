@@ -63,8 +63,9 @@ struct Machine {
   void* context = nullptr;
   const char* failure = nullptr;
   std::vector<std::max_align_t> dynamic;
-  char start, end;                                        // sanitizer's sync objects: only their addresses count
-  char block_sync[2], warp_sync[kMaxThreads / kWarp][2];  // two, or a fast thread's next arrival would order too much
+  char start, end;  // sanitizer's sync objects: only their addresses count
+  // More than one, or a fast thread's next arrival would order too much; three, for one in between can be skipped.
+  char block_sync[3], warp_sync[kMaxThreads / kWarp][2];
 
   Fibre& self() { return fibres[current]; }
 
@@ -242,7 +243,7 @@ void __syncthreads() {
   const int n = machine.self().barriers++;
   if (n >= machine.most_barriers) machine.most_barriers = n + 1;
   if (n == machine.skipped_barrier) return;
-  char* sync = &machine.block_sync[n % 2];
+  char* sync = &machine.block_sync[n % 3];
   __tsan_release(sync);
   machine.wait(State::AtBlockBarrier);
   __tsan_acquire(sync);
