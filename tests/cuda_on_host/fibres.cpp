@@ -64,7 +64,7 @@ struct Machine {
   const char* failure = nullptr;
   std::vector<std::max_align_t> dynamic;
   char start, end;  // sanitizer's sync objects: only their addresses count
-  // Two, or a fast thread's next arrival would order too much; three where one in between may be left out.
+  // More than one, or a fast thread's next arrival would order too much; three, for one in between can be skipped.
   char block_sync[3], warp_sync[kMaxThreads / kWarp][2];
 
   Fibre& self() { return fibres[current]; }

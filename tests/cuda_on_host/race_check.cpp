@@ -182,11 +182,11 @@ void moe_combine_backward(Buffers&) {
                              view(grad_gate, kChosen, DType::Float32));
 }
 
-// One expert with 40 rows, one tile; two steps along what is summed over.
+// One expert with 40 rows, one tile, and as few columns as make a step.
 struct Grouped {
-  static constexpr int64_t kX[] = {40, 48}, kW[] = {1, 16, 48}, kOut[] = {40, 16}, kOffset[] = {2}, kOrder[] = {40};
-  std::vector<float> x = std::vector<float>(40 * 48, 0.5f), weight = x, out = x;
-  std::vector<uint16_t> x_half = std::vector<uint16_t>(40 * 48, 0x3f80), weight_half = x_half, out_half = x_half;
+  static constexpr int64_t kX[] = {40, 16}, kW[] = {1, 16, 16}, kOut[] = {40, 16}, kOffset[] = {2}, kOrder[] = {40};
+  std::vector<float> x = std::vector<float>(40 * 16, 0.5f), weight = x, out = x;
+  std::vector<uint16_t> x_half = std::vector<uint16_t>(40 * 16, 0x3f80), weight_half = x_half, out_half = x_half;
   std::vector<int32_t> offset = {0, 40}, order = std::vector<int32_t>(40, 3);
   Tensor offsets() { return view(offset, kOffset, DType::Int32); }
   Tensor orders() { return view(order, kOrder, DType::Int32); }
