@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from fastpost.hf import folder, lora
 from fastpost.hf.model import verify
-from fastpost.nn import Int4Linear
+from fastpost.nn.int4_packed import Packed
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
@@ -190,7 +190,7 @@ def narrow(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Convert the parameters in place, not the buffers: the frequencies of rotary embeddings stay float32. Nor what
     four-bit layers are packed in."""
     for module in model.modules():
-        packed = module.packed_names if isinstance(module, Int4Linear) else ()
+        packed = module.packed_names if isinstance(module, Packed) else ()
         for name, p in module.named_parameters(recurse=False):
             if name not in packed:
                 p.data = p.data.to(dtype)
