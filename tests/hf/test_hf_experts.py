@@ -12,6 +12,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 import fastpost.hf
 import tiny
 from fastpost.hf import experts, folder
+from fastpost.nn import quantize_linears
 
 KINDS = [k for k in mixtures.CONFIGS if k != "jetmoe"]
 FUSED = {"mixtral": 2, "olmoe": 2, "qwen3_moe": 2, "deepseek_v3": 1, "glm4_moe": 1}
@@ -153,6 +154,15 @@ def test_fastposts_loader_uses_it(tmp_path):
     assert list(before) == list(after) and all(torch.equal(before[k], after[k]) for k in before)
 
 
+def test_a_four_bit_folder_too(tmp_path):
+    """Its linear layers are in four bits, its experts are not."""
+    model = folder.load_model(tiny.folder(tmp_path / "model", "mixtral"))
+    assert len(quantize_linears(model, group_size=32).names) == 8
+    again = folder.load_model(fastpost.hf.save_int4(model, tmp_path / "int4"))
+    assert again.get_experts_implementation()[""] == experts.NAME
+    torch.testing.assert_close(again(mixtures.IDS).logits, model(mixtures.IDS).logits, rtol=1e-4, atol=1e-4)
+
+
 # ---- under wrappers --------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +225,23 @@ def test_no_tokens(kind):
     assert all(p.grad is None or not p.grad.any() for p in mixture.parameters())
 
 
+MISTAKES = {
+    "no such expert": (lambda x, i, g: (x, i + 9, g), r"expert: expected numbers in \[0, 4\], .* got"),
+    "below 0": (lambda x, i, g: (x, i - 3, g), r"expert: expected numbers in \[0, 4\], .* got -"),
+    "float choices": (lambda x, i, g: (x, i.float(), g), r"expert: expected int64 or int32"),
+    "columns": (lambda x, i, g: (x[:, :31], i, g), r"x: expected float32 \[\w+, 32\], got float32 \[30, 31\]"),
+    "gates": (lambda x, i, g: (x, i, g[:, :1]), r"gate: expected float32 \[30, 2\], got float32 \[30, 1\]"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_named(name):
+    change, message = MISTAKES[name]
+    given = change(torch.randn(30, 32), torch.rand(30, 4).topk(2).indices, torch.rand(30, 2))
+    with pytest.raises(ValueError, match=message):
+        taken("mixtral").model.layers[0].mlp.experts(*given)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 def test_it_compiles_whole(kind):
@@ -229,6 +256,15 @@ def test_it_compiles_whole(kind):
         for f in (compiled, mixture)
     )
     torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.slow
+def test_a_model_compiles_whole():
+    model = taken("mixtral")
+    torch._dynamo.reset()
+    with torch.no_grad():
+        ours = torch.compile(model, backend="aot_eager", fullgraph=True)(mixtures.IDS, use_cache=False).logits
+        assert mixtures.distance(ours, model(mixtures.IDS).logits) < 1e-5
 
 
 # ---- peft's adapters on parameters -----------------------------------------------------------------------------------

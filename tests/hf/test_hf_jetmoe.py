@@ -16,6 +16,7 @@ import fastpost.hf
 from fastpost.data.collate import Example, Sequence, collate
 from fastpost.hf import folder, jetmoe
 from fastpost.hf.model import outputs
+from fastpost.nn import MoA, MoE
 from fastpost.train import routers
 
 
@@ -62,6 +63,29 @@ def test_every_choice_is_as_transformers_makes_it():
         options = {"num_experts_per_tok": top_k, "num_attention_heads": 2 * top_k}
         eager, ours = mixtures.build("jetmoe", **options), taken(**options)
         torch.testing.assert_close(ours(mixtures.IDS).logits, eager(mixtures.IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_modules_of_fastpost_with_its_weights():
+    """nn.MoE and nn.MoA are JetMoE's two mixtures."""
+    layer, x = mixtures.build("jetmoe").model.layers[0], torch.randn(2, 9, 32)
+    moe, moa = MoE(32, 48, 4, 2, bias=True), MoA(32, 16, 4, 2, bias=True)
+    for ours, its, names in (
+        (moe, layer.mlp, ("up", "down")),
+        (moa, layer.self_attention.experts, ("query", "output")),
+    ):
+        state = its.state_dict()
+        given = dict(zip((*names, "router.weight"), ("input_linear", "output_linear", "router.layer"), strict=True))
+        given = {name: state[f"{theirs_name}.weight"] for name, theirs_name in given.items()}
+        ours.load_state_dict(given | {"bias": state["bias"]})
+    torch.testing.assert_close(moe(x)[0], layer.mlp(x), rtol=1e-4, atol=1e-5)
+    queries, routing = moa.map(x)
+    expected, logits, info = layer.self_attention.experts.map(x)
+    torch.testing.assert_close(queries, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(routing.probability, logits.softmax(-1).mean(0))
+    values = queries.tanh()
+    torch.testing.assert_close(
+        moa.reduce(values, routing), layer.self_attention.experts.reduce(values, info), rtol=1e-4, atol=1e-5
+    )
 
 
 # ---- what transformers records, generates and saves ------------------------------------------------------------------
@@ -197,19 +221,17 @@ def test_no_tokens():
 
 @pytest.mark.slow
 def test_it_compiles_whole():
-    """The whole decoder layer in one graph; transformers' own breaks at a list of counts."""
+    """The model in one graph; transformers' own breaks at a list of counts."""
     model = taken()
     torch._dynamo.reset()
-    layer, x = model.model.layers[0], torch.randn(2, 9, 32, requires_grad=True)
-    positions = model.model.rotary_emb(x, torch.arange(9)[None])
-
-    def loss(run):
-        return run(x, position_embeddings=positions).square().sum()
-
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    inputs = [x, *layer.parameters()]
-    for ours, eager in zip(*(torch.autograd.grad(loss(f), inputs) for f in (compiled, layer)), strict=True):
-        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found = []
+    for run in (compiled, model):
+        model.zero_grad()
+        out = run(mixtures.IDS, labels=mixtures.IDS, use_cache=False)
+        out.loss.backward()
+        found.append([out.logits, *(p.grad for p in model.parameters())])
+    assert all(mixtures.distance(ours, eager) < 1e-5 for ours, eager in zip(*found, strict=True))
 
 
 # ---- peft ------------------------------------------------------------------------------------------------------------

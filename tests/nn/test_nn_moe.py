@@ -314,6 +314,16 @@ def test_the_correction_stays_float32_and_is_not_trained():
     assert not (moved.expert == routing.expert[0, 0]).any()
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_shapes_on_meta(name):
+    with torch.device("meta"):
+        layer, x = LAYERS[name](), torch.randn(2, 6, 16)
+        out, routing = layer(x, lambda q: q) if name == "moa" else layer(x)
+    assert (
+        out.is_meta and out.shape == x.shape and routing.expert.shape == (12, 2) and routing.plan.offset.shape == (7,)
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_it_compiles_whole(name):

@@ -62,6 +62,9 @@ def fresh(
 ):
     """A new LoRA adapter on `model`: x W' + scale B(A(dropout(x))), B = 0, scale = alpha / rank (rslora: / sqrt(rank)).
 
+    targets: names of linear layers, whole or last parts, or of stacked matrices of experts ("experts.gate_up_proj",
+    "experts.down_proj"), which get an A and a B for each expert; on these there is no dropout.
+
     connections: IR-QLoRA's, see int4_lora.py. A is drawn from torch's global generator, so seed it. With tied
     embeddings, `train_embeddings` and `train_head` must be given together: one matrix is trained and stays one. Raises
     ValueError for that, for targets that match nothing and for a low-rank change of one of two tied layers, which no
@@ -73,25 +76,34 @@ def fresh(
     targets = [t for t in targets if t]
     _check_tied(tied, embedding, head, targets, train_embeddings, train_head)
     whole = [name for name, asked in ((embedding, train_embeddings), (head, train_head)) if asked]
+    names, stacks = [n for n, _ in model.named_modules()], [n for n, p in model.named_parameters() if p.ndim == 3]
+    parameters = [t for t in targets if _has(stacks, t) and not _has(names, t)]
+    targets = [t for t in targets if t not in parameters]
+    if parameters and dropout:
+        raise ValueError(
+            f"[lora] dropout: expected 0 on experts ({parameters[0]}), got {dropout}: peft adds B A to their matrices. "
+            "Set it to 0, or leave the experts out of targets."
+        )
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
         lora_dropout=dropout,
         use_rslora=rslora,
-        target_modules="all-linear" if targets == ["all-linear"] else list(targets),
+        target_modules="all-linear" if targets == ["all-linear"] else list(targets) or None,
+        target_parameters=parameters or None,
         modules_to_save=whole or None,
         ensure_weight_tying=tied and bool(whole),
         task_type="CAUSAL_LM",
     )
-    names = [name for name, _ in model.named_modules()]
     for target in targets:
-        if target != "all-linear" and not any(n == target or n.endswith(f".{target}") for n in names):
-            layers = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        if target != "all-linear" and not _has(names, target):
+            layers = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+            layers = [*sorted(layers), *sorted({".".join(n.split(".")[-2:]) for n in stacks})]
             raise ValueError(
                 f"[lora] targets: expected names of linear layers, got '{target}', which {type(model).__name__} has "
                 f"not. It has: {', '.join(layers)}."
             )
-    return _put_on(model, config, connections)
+    return put_on(model, config, connections)
 
 
 def continued(model: torch.nn.Module, path: str | Path):
@@ -101,15 +113,19 @@ def continued(model: torch.nn.Module, path: str | Path):
     not exactly those that its adapter_config.json asks for on this model."""
     import peft
 
+    from fastpost.hf import expert_lora
+
     path = Path(path)
     tree = read_config(path)
+    if expert_lora.is_unfused(path):
+        return expert_lora.load_unfused(model, path)
     config = peft.LoraConfig.from_peft_type(**tree)
     config.inference_mode = False
     embedding, head, tied = _ends(model)
     whole = {name.rpartition(".")[2] for name in config.modules_to_save or ()}
-    targets = config.target_modules if not isinstance(config.target_modules, str) else []
+    targets = (config.target_modules or []) if not isinstance(config.target_modules, str) else []
     _check_tied(tied, embedding, head, targets, embedding in whole, head in whole or config.ensure_weight_tying)
-    tensors, wrapped = load_file(path / WEIGHTS), _put_on(model, config, _has_connections(path))
+    tensors, wrapped = load_file(path / WEIGHTS), put_on(model, config, _has_connections(path))
     wanted = tensors_of(wrapped)
     odd = {
         "lacks": sorted(set(wanted) - set(tensors)),
@@ -123,15 +139,19 @@ def continued(model: torch.nn.Module, path: str | Path):
                 f"{path / WEIGHTS}: {what} {keys[0]}{more}. The adapter belongs to another base model or another "
                 "version of it."
             )
-    return _fill(wrapped, tensors)
+    return fill(wrapped, tensors)
 
 
 def shaped(model: torch.nn.Module, path: Path):
     """`model`, which may be on the meta device, with an untrained adapter like that of folder `path`."""
     import peft
 
+    from fastpost.hf import expert_lora
+
+    if expert_lora.is_unfused(path):
+        return expert_lora.load_unfused(model, path)
     config = peft.LoraConfig.from_peft_type(**read_config(path) | {"inference_mode": False})
-    return _put_on(model, config, _has_connections(path))
+    return put_on(model, config, _has_connections(path))
 
 
 def moved(model, base: torch.nn.Module, *, quantize: bool = True):
@@ -141,7 +161,7 @@ def moved(model, base: torch.nn.Module, *, quantize: bool = True):
     if quantize:
         int4_lora.base_format(model).apply(base)
     config = copy.deepcopy(model.peft_config["default"])
-    return _fill(_put_on(base, config, int4_lora.has_connections(model)), tensors_of(model))
+    return fill(put_on(base, config, int4_lora.has_connections(model)), tensors_of(model))
 
 
 def base_format(path: Path):
@@ -261,7 +281,7 @@ def merged(model: torch.nn.Module) -> torch.nn.Module:
     return int4_lora.dequantized(model).merge_and_unload(safe_merge=True)
 
 
-def _fill(model, tensors: dict[str, torch.Tensor]):
+def fill(model, tensors: dict[str, torch.Tensor]):
     """Copy an adapter's tensors into `model`, as float32."""
     import peft
 
@@ -272,7 +292,8 @@ def _fill(model, tensors: dict[str, torch.Tensor]):
     return model
 
 
-def _put_on(model, config, connections: bool = False):
+def put_on(model, config, connections: bool = False):
+    """peft's wrapper of `model` with a new adapter as `config` says."""
     import peft
 
     from fastpost.hf import int4_lora
@@ -285,6 +306,10 @@ def _put_on(model, config, connections: bool = False):
             return peft.get_peft_model(model, config)
         except ValueError as error:
             raise ValueError(f"[lora] targets: {error}") from None
+
+
+def _has(names: list[str], target: str) -> bool:
+    return any(n == target or n.endswith(f".{target}") for n in names)
 
 
 def _ends(model) -> tuple[str, str, bool]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import activations
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fastpost.hf import lora
 from fastpost.ops._experts import experts
@@ -90,7 +90,7 @@ def experts_forward(
 
 def fused_activation(module: nn.Module) -> str | None:
     """What grouped_gemm calls the gate of `module`, or None where only the module itself can compute it."""
-    own = getattr(module._apply_gate, "__func__", None) is not _default_apply_gate
+    own = getattr(module._apply_gate, "__module__", "") != type(ALL_EXPERTS_FUNCTIONS).__module__
     if own or not module.has_gate or not getattr(module, "is_concatenated", True):
         return None
     return activation_name(module.act_fn)

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from fastpost.hf import folder, int4_awq, int4_bitsandbytes, int4_compressed, int4_gptq, int4_quantizer
+from fastpost.hf.experts import use_experts
 from fastpost.hf.int4_quantizer import METHOD, config_of, describe, linears, quantized
 from fastpost.hf.int4_tensors import Part, Tensors
 from fastpost.int4 import Int4Weight
@@ -34,8 +35,8 @@ def quantization_of(path: str | Path) -> dict | None:
 
 def load_int4(path: str | Path, dtype: torch.dtype | None = None, attn_implementation: str | None = None):
     """The causal LM of a four-bit folder, in eval mode on the CPU. Its quantised layers are Int4Linear; an output head
-    that is quantised becomes an ordinary matrix, which losses need. dtype: of everything else; None = as stored in
-    config.json.
+    that is quantised becomes an ordinary matrix, which losses need. Experts, which stay floats, are computed
+    by fastpost. dtype: of everything that is not quantised; None = as stored in config.json.
 
     Raises ValueError, naming file, tensor and remedy, for pickles, files cut short, other numbers of bits, groups that
     are no multiple of 32 columns, missing weights, and layers that this model does not have.
@@ -69,6 +70,7 @@ def load_int4(path: str | Path, dtype: torch.dtype | None = None, attn_implement
                 f"{path}: tensor '{key}': {what.split('_')[0]} ({len(report[what])} in all). Weights and config.json "
                 "do not fit. Fetch the folder again."
             )
+    use_experts(model, quiet=True)
     return model.eval()
 
 

@@ -12,6 +12,7 @@ compilation, several calls of one layer and threads have nothing to get wrong.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,8 @@ class Router(nn.Module):
             nn.init.zeros_(self.correction)
 
     def forward(self, x: torch.Tensor) -> Routing:
-        with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             logits = F.linear(x.float(), self.weight.float())
         options = {"scoring": self.scoring, "normalize": self.normalize, "scale": self.scale}
         return moe_route(logits, self.top_k, correction=self.correction, **options)
