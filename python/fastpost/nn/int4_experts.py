@@ -87,9 +87,16 @@ class Int4Experts(Packed):
         return torch.Size((self.experts, self.codes.shape[0] // self.experts, self.columns))
 
     def forward(
-        self, x: torch.Tensor, offset: torch.Tensor, *, order: torch.Tensor | None = None, top_k: int = 1
+        self,
+        x: torch.Tensor,
+        offset: torch.Tensor,
+        *,
+        order: torch.Tensor | None = None,
+        top_k: int = 1,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return grouped_gemm(autocast(x)[0], self.packed, offset, order=order, top_k=top_k)
+        x, bias = autocast(x, bias)
+        return grouped_gemm(x, self.packed, offset, order=order, top_k=top_k, bias=bias)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[E, N, K]: float32 arithmetic, rounded once to `dtype`."""
@@ -117,19 +124,21 @@ def matrices(weight) -> torch.Tensor | Int4Weight | nn.Module:
     return weight.packed if isinstance(weight, Int4Experts) else weight
 
 
-def multiply(x: torch.Tensor, weight, offset, *, order=None, top_k: int = 1) -> torch.Tensor:
+def multiply(x: torch.Tensor, weight, offset, *, order=None, top_k: int = 1, bias=None, activation=None):
     """fastpost.grouped_gemm with a tensor, an Int4Weight, or a module that multiplies."""
-    call = weight if isinstance(weight, nn.Module) else None
-    options = {"order": order, "top_k": top_k}
-    return grouped_gemm(x, weight, offset, **options) if call is None else call(x, offset, **options)
+    options = {"order": order, "top_k": top_k, "bias": bias}
+    if not isinstance(weight, nn.Module):
+        return grouped_gemm(x, weight, offset, activation=activation, **options)
+    out = weight(x, offset, **options)
+    return out if activation is None else gated(out, activation)
 
 
 def mix(x, plan: Plan, gate, up, down, *, activation: str, recompute: bool = False) -> torch.Tensor:
     """A mixture of feed-forward experts (ops/_experts.py) of such weights. Adapters take the products one by one."""
     if not any(isinstance(w, nn.Module) for w in (up, down)):
         return mixture(x, plan, gate, up, down, activation=activation, recompute=recompute)
-    pre = multiply(x, up, plan.offset, order=plan.order, top_k=plan.place.shape[1])
-    return moe_combine(multiply(gated(pre, activation), down, plan.offset), plan, gate)
+    hidden = multiply(x, up, plan.offset, order=plan.order, top_k=plan.place.shape[1], activation=activation)
+    return moe_combine(multiply(hidden, down, plan.offset), plan, gate)
 
 
 # ---- in place --------------------------------------------------------------------------------------------------------
@@ -154,10 +163,12 @@ class QuantizedExperts:
 
 def quantize_parameters(places: dict[str, tuple[nn.Module, str]], *, device=None, **options) -> QuantizedExperts:
     """Put Int4Experts where modules have parameters [E, N, K], one at a time: {name: (module, name there)}. Options are
-    those of from_experts; device: where to quantise, the result stays where the parameter was."""
+    those of from_experts; device: where to quantise, the result stays where the parameter was. A module there with such
+    a `weight` makes way as a whole."""
     before, after, wrong, total = 0, 0, 0.0, 0.0
     for name, (module, leaf) in places.items():
-        weight = getattr(module, leaf).detach()
+        held = getattr(module, leaf)
+        weight = (held if isinstance(held, torch.Tensor) else held.weight).detach()
         home = weight.device
         if device is not None and not weight.is_meta:
             weight = weight.to(device)
