@@ -39,6 +39,8 @@ def quantize_experts(
         return None
     options = {"group_size": group_size, "scheme": scheme, "scales_dtype": scales_dtype, "double_quant": double_quant}
     done = quantize_parameters(places, device=device, **options)
+    for module, leaf in places.values():
+        getattr(module, leaf).is_concatenated = getattr(module, "is_concatenated", True)
     use_experts(inner, quiet=True)
     return done
 
@@ -51,7 +53,7 @@ def find(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         if has_experts_interface(module) and not module.is_transposed:
             leaves = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
             held = {leaf: module._parameters.get(leaf) for leaf in leaves}
-        elif _is_jetmoe(module):
+        elif is_jetmoe(module):
             held = {leaf: getattr(m, "weight", None) for leaf, m in module.named_children() if leaf.endswith("_linear")}
         else:
             continue
@@ -60,7 +62,8 @@ def find(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     return found
 
 
-def _is_jetmoe(module: nn.Module) -> bool:
+def is_jetmoe(module: nn.Module) -> bool:
+    """Whether it is one of JetMoE's mixtures, which hold modules with a `weight` instead of parameters."""
     return any(c.__name__ in ("JetMoeMoE", "JetMoeMoA") for c in type(module).__mro__)
 
 
@@ -81,7 +84,7 @@ def restore(parent: nn.Module, leaf: str, weight: torch.Tensor) -> None:
     """Put `weight` [E, N, K] where `parent` has had it before it was quantised."""
     made = nn.Parameter(weight, requires_grad=False)
     delattr(parent, leaf)
-    if not _is_jetmoe(parent):
+    if not is_jetmoe(parent):
         parent.register_parameter(leaf, made)
         return
     from fastpost.hf.jetmoe import Matrices
@@ -90,3 +93,11 @@ def restore(parent: nn.Module, leaf: str, weight: torch.Tensor) -> None:
         module = Matrices(*weight.shape[:1], *weight.shape[:0:-1])
     module.weight = made
     setattr(parent, leaf, module.train(parent.training))
+
+
+def routers(model: nn.Module) -> set[str]:
+    """Names of linear layers that choose or weigh experts, for whoever quantises linear layers."""
+    if not (find(model) or stacks(model)):
+        return set()
+    layers = (name for name, m in model.named_modules() if type(m) is nn.Linear)
+    return {n for n in layers if n.endswith((".gate", ".shared_expert_gate")) or ".router." in n}

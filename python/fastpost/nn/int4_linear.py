@@ -107,11 +107,6 @@ class Int4Linear(Packed, nn.Linear):
         made.register_parameter("bias", bias)
         return made
 
-    @property
-    def qweight(self) -> torch.Tensor:
-        """The codes, under the name by which peft finds the device of a layer whose weight is packed."""
-        return self.codes
-
     def replace_weight(self, weight: Int4Weight) -> None:
         """Hold another W of the same shape, in any format. Raises ValueError for another shape."""
         weight.check("Int4Linear")

@@ -31,6 +31,11 @@ class Packed(nn.Module):
         return Int4Weight(self.codes, self.scales, self.zeros, self.columns, self.group_size, self.scheme,
                           order=self.order, nested=nested)  # fmt: skip
 
+    @property
+    def qweight(self) -> torch.Tensor:
+        """The codes, under the name by which peft finds the device of a layer whose weight is packed."""
+        return self.codes
+
     def format_words(self) -> list[str]:
         """For extra_repr."""
         words = [self.scheme, f"group_size={self.group_size}"]
