@@ -46,10 +46,10 @@ void expect_offset(const Tensor& offset, int64_t experts, int64_t rows, const Te
   expect(kOp, "offset", offset, {DType::Int32}, {experts + 1}, Layout::Contiguous, &like);
   if (like.device != Device::CPU) return;
   const int32_t* at = offset.ptr<int32_t>();
-  bool fits = at[0] == 0 && at[experts] <= rows;
+  bool fits = at[0] >= 0 && at[experts] <= rows;
   for (int64_t e = 0; e < experts; ++e) fits = fits && at[e] <= at[e + 1];
   if (!fits) {
-    fail(kOp, "offset", "numbers that ascend from 0 to at most the rows, " + std::to_string(rows), "others",
+    fail(kOp, "offset", "numbers that ascend from 0 or more to at most the rows, " + std::to_string(rows), "others",
          "Take it from the plan that made the order.");
   }
 }
@@ -110,8 +110,9 @@ void grouped_gemm(Tensor x, Tensor order, int64_t top_k, Tensor weight, Tensor o
   if (!product.defined()) fail(kOp, "pre", "a tensor, where W is transposed and an activation follows", "None");
   multiply_transposed(rows, weight, groups, bias, workspace, product);
   if (act == Activation::None) return;
-  parallel_for(groups.offset[e], 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
+  const int64_t here = groups.first(0);
+  parallel_for(groups.offset[e] - here, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = here + begin; i < here + end; ++i) {
       grouped_kernels().activation_backward(act, x.dtype, pre.row(i), row_part(pre, i, n / 2), nullptr, 1.0f, n / 2,
                                             out.row(i), nullptr, nullptr);
     }

@@ -499,7 +499,7 @@ void multiply_activation_backward(const GroupedRows& grad, const Tensor& weight,
                         row_part(grad_pre, row, n + begin));
                   });
   if (!grad_gate.defined()) return;
-  for (int64_t row = 0; row < groups.offset[groups.experts]; ++row) {
+  for (int64_t row = groups.first(0); row < groups.offset[groups.experts]; ++row) {
     float sum = 0.0f;
     for (int64_t b = 0; b < s.blocks; ++b) sum += space.partials[b * r + row];
     grad_gate.ptr<float>()[slot_of(row)] = sum;

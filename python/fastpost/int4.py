@@ -12,6 +12,7 @@ GROUP_SIZES = (32, 64, 128)
 BLOCK = 128  # columns of a block of codes
 SYMMETRIC_ZERO = 8
 NESTED_BLOCK = 256  # scales that share an outer scale
+QUANTIZE_AT_A_TIME = 1 << 24  # weights that are float32 at once
 
 # The 16 values of NF4: quantiles of a normal distribution, scaled to [-1, 1], with an exact zero. QLoRA (Dettmers et
 # al. 2023), appendix E; the digits are those of its published code, so that codes agree to the last bit.
@@ -255,19 +256,25 @@ def int4_quantize(
     group_size = check_group_size("int4_quantize", group_size, columns)
     if double_quant and scheme != "nf4":
         raise ValueError(f"[int4_quantize] double_quant: expected the scheme nf4, got {scheme!r}.")
-    finite = torch.isfinite(weight).all(1)
+    parts = weight.detach().split(max(1, QUANTIZE_AT_A_TIME // max(1, columns)))
+    finite = torch.cat([torch.isfinite(part).all(1) for part in parts])
     if not finite.all():
         row = int((~finite).nonzero()[0])
         raise ValueError(f"[int4_quantize] weight: row {row} holds NaN or infinity; nothing was quantised.")
     dtype = scales_dtype or (torch.float32 if scheme == "nf4" else torch.bfloat16)
-    groups = _grouped(weight.detach().float(), group_size)
-    scales, zeros = group_scales(groups, scheme, dtype)
+    found = [group_scales(_grouped(part.float(), group_size), scheme, dtype) for part in parts]
+    scales = torch.cat([s for s, _ in found])
+    zeros = torch.cat([z for _, z in found]) if scheme == "asymmetric" else None
     nested = None
     if double_quant:
         scales, nested = nest_scales(scales)
-    used = scales if nested is None else nested.expand(scales)
-    codes = group_codes(groups, used, zeros, scheme).flatten(1)[:, :columns].contiguous()
-    return Int4Weight(pack(codes), scales, zeros, columns, group_size, scheme, nested=nested)
+    used, codes, row = scales if nested is None else nested.expand(scales), [], 0
+    for part in parts:
+        rows = slice(row, row := row + len(part))
+        theirs = None if zeros is None else zeros[rows]
+        codes.append(group_codes(_grouped(part.float(), group_size), used[rows], theirs, scheme).flatten(1))
+        codes[-1] = pack(codes[-1][:, :columns].contiguous())
+    return Int4Weight(torch.cat(codes), scales, zeros, columns, group_size, scheme, nested=nested)
 
 
 def check_group_size(op: str, group_size: int, columns: int) -> int:

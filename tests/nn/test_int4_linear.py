@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tiny
 from fastpost.nn import Int4Linear, ShiftedInt4Linear, quantize_linears
-from fastpost.nn.int4_linear import PACKED
+from fastpost.nn.int4_packed import PACKED
 
 FORMATS = {
     "symmetric": {"group_size": 32},

@@ -19,7 +19,7 @@ from fastpost.cli.account import account
 from fastpost.cli.data import colour, describe, show
 from fastpost.data.loader import Dataset
 from fastpost.hf import folder
-from fastpost.nn.int4_linear import stands_for
+from fastpost.nn.int4_packed import stands_for
 from fastpost.train import checkpoint, memory, reference, routers, sinks
 from fastpost.train.config import Config, load_config
 from fastpost.train.device import pick_device

@@ -10,7 +10,9 @@ import importlib.util
 from fastpost import lazy
 
 _HOME = {  # public name -> module that defines it
+    "dequantize_experts": "fastpost.hf.int4_experts",
     "load_int4": "fastpost.hf.int4_folder",
+    "quantize_experts": "fastpost.hf.int4_experts",
     "save_int4": "fastpost.hf.int4_folder",
     "Int4Config": "fastpost.hf.int4_quantizer",
     "use_experts": "fastpost.hf.experts",

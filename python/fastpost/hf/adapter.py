@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from fastpost.hf import folder, lora
 from fastpost.hf.model import verify
-from fastpost.nn import Int4Linear
+from fastpost.nn import Int4Experts
+from fastpost.nn.int4_packed import Packed
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
@@ -76,7 +77,9 @@ def fresh(
     targets = [t for t in targets if t]
     _check_tied(tied, embedding, head, targets, train_embeddings, train_head)
     whole = [name for name, asked in ((embedding, train_embeddings), (head, train_head)) if asked]
-    names, stacks = [n for n, _ in model.named_modules()], [n for n, p in model.named_parameters() if p.ndim == 3]
+    packed = {n for n, m in model.named_modules() if isinstance(m, Int4Experts)}
+    names = [n for n, _ in model.named_modules() if n not in packed]
+    stacks = [*packed, *(n for n, p in model.named_parameters() if p.ndim == 3)]
     parameters = [t for t in targets if _has(stacks, t) and not _has(names, t)]
     targets = [t for t in targets if t not in parameters]
     if parameters and dropout:
@@ -210,7 +213,7 @@ def narrow(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Convert the parameters in place, not the buffers: the frequencies of rotary embeddings stay float32. Nor what
     four-bit layers are packed in."""
     for module in model.modules():
-        packed = module.packed_names if isinstance(module, Int4Linear) else ()
+        packed = module.packed_names if isinstance(module, Packed) else ()
         for name, p in module.named_parameters(recurse=False):
             if name not in packed:
                 p.data = p.data.to(dtype)
@@ -236,8 +239,10 @@ def tensors_of(model) -> dict[str, torch.Tensor]:
     """The adapter's tensors by the names of a peft folder: base_model.model.<module>.lora_A.weight, ..."""
     import peft
 
+    from fastpost.hf import int4_expert_lora
+
     # False: peft would else look the base model up on the hub to compare vocabularies.
-    return peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    return int4_expert_lora.renamed(model, peft.get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
 def save(
@@ -285,25 +290,25 @@ def fill(model, tensors: dict[str, torch.Tensor]):
     """Copy an adapter's tensors into `model`, as float32."""
     import peft
 
+    from fastpost.hf import int4_expert_lora
+
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.float()
-    peft.set_peft_model_state_dict(model, tensors)
+    peft.set_peft_model_state_dict(model, int4_expert_lora.fill(model, tensors))
     return model
 
 
 def put_on(model, config, connections: bool = False):
     """peft's wrapper of `model` with a new adapter as `config` says."""
-    import peft
-
-    from fastpost.hf import int4_lora
+    from fastpost.hf import int4_expert_lora, int4_lora
 
     int4_lora.register(config, connections=connections)
     with warnings.catch_warnings():  # about tied layers: _check_tied is stricter
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
         try:
-            return peft.get_peft_model(model, config)
+            return int4_expert_lora.put_on(model, config)
         except ValueError as error:
             raise ValueError(f"[lora] targets: {error}") from None
 

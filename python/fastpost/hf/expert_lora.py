@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from fastpost.hf import adapter, folder
+from fastpost.hf import adapter, folder, int4_expert_lora
 
 ROLES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
 _PEFT = "base_model.model."
@@ -208,7 +208,7 @@ def _wrappers(model) -> dict[str, torch.nn.Module]:
     """peft's wrappers of experts by the names that their tensors begin with."""
     from peft.tuners.lora.layer import ParamWrapper
 
-    found = {n: m for n, m in model.named_modules() if isinstance(m, ParamWrapper)}
+    found = {n: m for n, m in model.named_modules() if isinstance(m, ParamWrapper)} | int4_expert_lora.wrappers(model)
     return {n: m for n, m in found.items() if n.removesuffix(".base_layer").endswith(".experts")}
 
 

@@ -22,8 +22,7 @@ from transformers import activations
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fastpost.hf import lora
-from fastpost.ops._experts import experts
-from fastpost.ops.grouped_gemm import grouped_gemm
+from fastpost.nn.int4_experts import matrices, mix, multiply
 from fastpost.ops.moe_combine import moe_combine
 from fastpost.ops.moe_route import moe_plan
 
@@ -60,16 +59,16 @@ def experts_forward(
     attributes, which is how peft's adapters on parameters (target_parameters) come in. An index of num_experts stands
     for an expert that is nowhere, or on another rank.
     """
-    up, down = self.gate_up_proj if self.has_gate else self.up_proj, self.down_proj
+    up, down = matrices(self.gate_up_proj if self.has_gate else self.up_proj), matrices(self.down_proj)
     dtype = _compute_dtype(hidden_states, up)
-    x, up, down = hidden_states.to(dtype).contiguous(), up.to(dtype), down.to(dtype)
+    x, up, down = (t.to(dtype) if isinstance(t, torch.Tensor) else t for t in (hidden_states.contiguous(), up, down))
     gate = top_k_weights.to(torch.float64 if dtype == torch.float64 else torch.float32).contiguous()
     if getattr(self, "_is_expert_parallel", False):
         top_k_index = top_k_index.clamp(max=self.num_experts)
     plan = moe_plan(top_k_index.contiguous(), self.num_experts)
     activation = fused_activation(self)
     if is_fused(self):
-        out = experts(x, plan, gate, up, down, activation=activation)
+        out = mix(x, plan, gate, up, down, activation=activation)
         return out.to(hidden_states.dtype)
 
     biases = [None, None]
@@ -79,10 +78,10 @@ def experts_forward(
     if self.is_transposed:
         up, down = up.mT, down.mT
     k = plan.place.shape[1]
-    rows = grouped_gemm(x, up, plan.offset, order=plan.order, top_k=k, bias=biases[0], activation=activation)
+    rows = multiply(x, up, plan.offset, order=plan.order, top_k=k, bias=biases[0], activation=activation)
     if activation is None:
         rows = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
-    rows = grouped_gemm(rows.to(dtype).contiguous(), down, plan.offset, bias=biases[1])
+    rows = multiply(rows.to(dtype).contiguous(), down, plan.offset, bias=biases[1])
     if getattr(self, "has_post_expert_norm", False):
         rows = self.post_expert_norm(rows).to(dtype).contiguous()
     return moe_combine(rows, plan, gate).to(hidden_states.dtype)
@@ -109,12 +108,13 @@ def is_fused(module: nn.Module) -> bool:
     return not other and fused_activation(module) is not None
 
 
-def _compute_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    """That of the weights, which transformers' own functions convert x to; under autocast that of autocast."""
+def _compute_dtype(x: torch.Tensor, weight) -> torch.dtype:
+    """That of the weights, which transformers' own functions convert x to, or of x where they are in four bits; under
+    autocast that of autocast."""
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
-    return weight.dtype
+    return weight.dtype if isinstance(weight, torch.Tensor) else x.dtype
 
 
 # ---- switching it on -------------------------------------------------------------------------------------------------
@@ -161,11 +161,12 @@ def use_experts(model: nn.Module, *, quiet: bool = False) -> Experts:
     inner = lora.inner(model)
     fused, general, left = {}, {}, {}
     for name, module in inner.named_modules():
-        if not all(hasattr(module, mark) for mark in _MARKS):
+        if not has_experts_interface(module):
             continue
         kind = type(module).__name__
         weight = getattr(module, "gate_up_proj" if module.has_gate else "up_proj", None)
-        if not isinstance(weight, torch.Tensor) or weight.dtype not in _FLOATS or not _has_door(module):
+        floats = isinstance(weight, torch.Tensor) and weight.dtype in _FLOATS
+        if not (floats or hasattr(weight, "multiplies")) or not _has_door(module):
             left[name] = f"{kind} ({_why(weight)})"
             continue
         module.config._experts_implementation = NAME
@@ -179,6 +180,11 @@ def use_experts(model: nn.Module, *, quiet: bool = False) -> Experts:
     if not quiet:
         print(found.line())
     return found
+
+
+def has_experts_interface(module: nn.Module) -> bool:
+    """Whether its class is one that transformers has decorated with use_experts_implementation."""
+    return all(hasattr(module, mark) for mark in _MARKS)
 
 
 def _has_door(module: nn.Module) -> bool:

@@ -21,8 +21,12 @@ from peft.tuners.lora import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
+from fastpost.hf.int4_expert_lora import merge_into_floats
+from fastpost.hf.int4_experts import quantize_experts, routers
 from fastpost.int4 import int4_quantize
 from fastpost.nn import Int4Linear, ShiftedInt4Linear, quantize_linears
+from fastpost.nn.int4_experts import QuantizedExperts
+from fastpost.nn.int4_linear import Quantized
 
 FILE = "fastpost.json"
 """In an adapter folder: what its adapter_config.json has no words for."""
@@ -178,15 +182,37 @@ class BaseFormat:
     shift: bool = False
 
     def apply(self, model: torch.nn.Module, device: torch.device | None = None):
-        """Quantise the linear layers of `model`, a transformers model, in place, and note it there. Returns what
-        quantize_linears does; None for "none"."""
+        """Quantise the linear layers of `model`, a transformers model, and its experts, in place, and note it there.
+        Head and routers are left. None for "none"."""
         if self.scheme == "none":
             return None
         kind = ShiftedInt4Linear if self.shift else Int4Linear
-        done = quantize_linears(model, group_size=self.group_size, scheme=self.scheme, double_quant=self.double_quant,
-                                device=device, kind=kind)  # fmt: skip
+        options = {"group_size": self.group_size, "scheme": self.scheme, "double_quant": self.double_quant,
+                   "device": device}  # fmt: skip
+        done = quantize_linears(model, kind=kind, skip=_kept(model), **options)
+        experts = quantize_experts(model, **options)  # without shifts: NF4 as it is
         model.base_format = self
-        return done
+        return Done(done, experts)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What BaseFormat.apply did. experts: None where there are none."""
+
+    linears: Quantized
+    experts: QuantizedExperts | None
+
+    def line(self) -> str:
+        return "; ".join(part.line() for part in (self.linears, self.experts) if part is not None)
+
+
+def _kept(model: torch.nn.Module) -> set[str] | None:
+    """Names of linear layers that stay: None, quantize_linears' own choice, unless there are routers."""
+    names = routers(model)
+    if not names:
+        return None
+    head = model.get_output_embeddings()
+    return names | {n for n, m in model.named_modules() if m is head and type(m) is torch.nn.Linear}
 
 
 def base_format(model: torch.nn.Module) -> BaseFormat:
@@ -218,7 +244,9 @@ def write(model: torch.nn.Module, out: Path) -> None:
 
 
 def dequantized(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """Every Int4Linear of `model` (with or without adapters) replaced by nn.Linear, in place."""
+    """Every Int4Linear of `model` (with or without adapters) replaced by nn.Linear, in place; experts in four bits by
+    parameters, adapters on them merged."""
+    merge_into_floats(model, dtype)
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, Int4Linear)]:
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer.to_linear(dtype))

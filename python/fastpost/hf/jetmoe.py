@@ -13,9 +13,8 @@ from torch import nn
 from transformers.models.jetmoe import modeling_jetmoe as theirs
 
 from fastpost.hf.experts import activation_name
+from fastpost.nn.int4_experts import autocast, matrices, mix
 from fastpost.nn.moa import map_heads, reduce_heads
-from fastpost.nn.moe import autocast
-from fastpost.ops._experts import experts
 from fastpost.ops.moe_route import Plan, moe_route
 
 
@@ -37,12 +36,17 @@ class Matrices(theirs.JetMoeParallelExperts):
         return self.weight if expert_size is None else super().forward(inputs, expert_size)
 
 
+def _weight(held: torch.nn.Module, rows: torch.Tensor):
+    """What `mix` and `multiply` take: see Matrices; in four bits the module holds an Int4Weight."""
+    return held(rows) if isinstance(held, Matrices) or not hasattr(held, "multiplies") else matrices(held)
+
+
 class MoE(theirs.JetMoeMoE):
     def forward(self, layer_input: torch.Tensor) -> torch.Tensor:
         rows = layer_input.reshape(-1, layer_input.shape[-1]).contiguous()
         _, gate, plan, _, _ = self.router(rows)
-        x, up, down = autocast(rows, self.input_linear(rows), self.output_linear(rows))
-        out = experts(x, plan, gate, up, down, activation=activation_name(self.activation))
+        x, up, down = autocast(rows, _weight(self.input_linear, rows), _weight(self.output_linear, rows))
+        out = mix(x, plan, gate, up, down, activation=activation_name(self.activation))
         return out.to(layer_input.dtype).view(layer_input.shape) + self.bias
 
 
@@ -51,14 +55,14 @@ class MoA(theirs.JetMoeMoA):
         """[B, S, H] -> (queries [B, S, K, D], router logits, what `reduce` needs)."""
         rows = layer_input.reshape(-1, layer_input.shape[-1]).contiguous()
         _, gate, plan, _, logits = self.router(rows)
-        queries = map_heads(*autocast(rows, self.input_linear(rows)), plan)
+        queries = map_heads(*autocast(rows, _weight(self.input_linear, rows)), plan)
         return queries.view(*layer_input.shape[:-1], *queries.shape[1:]), logits, (gate, plan)
 
     def reduce(self, layer_input: torch.Tensor, topo_info: tuple[torch.Tensor, Plan]) -> torch.Tensor:
         """[B, S, K, D] -> [B, S, H]."""
         gate, plan = topo_info
         rows = layer_input.reshape(-1, layer_input.shape[-1]).contiguous()
-        values, output = autocast(rows, self.output_linear(rows))
+        values, output = autocast(rows, _weight(self.output_linear, rows))
         out = reduce_heads(values, output, plan, gate).to(layer_input.dtype)
         return out.view(*layer_input.shape[:2], self.input_size) + self.bias
 

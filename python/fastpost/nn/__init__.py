@@ -4,6 +4,7 @@
 from fastpost import lazy
 
 _HOME = {  # public name -> module that defines it
+    "Int4Experts": "fastpost.nn.int4_experts",
     "Int4Linear": "fastpost.nn.int4_linear",
     "MoA": "fastpost.nn.moa",
     "MoE": "fastpost.nn.moe",

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Int4Linear: torch.nn.Linear with a weight in four bits, for inference and for training what lies around it.
 
-    layer = fastpost.nn.Int4Linear.from_linear(linear, group_size=64, scheme="nf4", double_quant=True)
-    fastpost.nn.quantize_linears(model, group_size=128)             # every linear layer of a model but its head
-
-The packed tensors are parameters that require no gradient, so that FSDP2 cuts them by rows like any other, they are in
-the state_dict under their own names, and whoever counts or moves parameters finds them.
+layer = fastpost.nn.Int4Linear.from_linear(linear, group_size=64, scheme="nf4", double_quant=True)
+fastpost.nn.quantize_linears(model, group_size=128)             # every linear layer of a model but its head
 """
 
 from __future__ import annotations
@@ -16,22 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fastpost.int4 import (
-    SCHEMES,
-    SYMMETRIC_ZERO,
-    Int4Weight,
-    NestedScales,
-    check_group_size,
-    int4_quantize,
-    nest_scales,
-)
+from fastpost.int4 import Int4Weight, int4_quantize
+from fastpost.nn.int4_packed import Packed, nothing
 from fastpost.ops.int4_gemm import int4_gemm
 
-PACKED = ("codes", "scales", "zeros", "order", "nested_table", "nested_outer", "nested_offset")
-"""Parameters of an Int4Linear beside its bias, as far as its format has them."""
 
-
-class Int4Linear(nn.Linear):
+class Int4Linear(Packed, nn.Linear):
     """``y = x Wᵀ + bias`` for W [out_features, in_features] in four bits (fastpost.Int4Weight).
 
     x [..., in_features] float32, bfloat16 or float16 (under autocast: autocast's dtype) -> [..., out_features], of the
@@ -53,8 +40,6 @@ class Int4Linear(nn.Linear):
         ValueError: sizes below 1, a group size or scheme that does not exist, double_quant for another scheme than nf4.
     """
 
-    packed_names: tuple[str, ...] = PACKED
-
     def __init__(
         self,
         in_features: int,
@@ -72,27 +57,12 @@ class Int4Linear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would make the matrix
         if in_features < 1 or out_features < 1:
             raise ValueError(f"[Int4Linear] expected at least one column and row, got {[out_features, in_features]}.")
-        if scheme not in SCHEMES:
-            raise ValueError(f"[Int4Linear] scheme: expected one of {', '.join(SCHEMES)}, got {scheme!r}.")
-        if double_quant and scheme != "nf4":
-            raise ValueError(f"[Int4Linear] double_quant: expected the scheme nf4, got {scheme!r}.")
-        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
-        self.group_size = check_group_size("Int4Linear", group_size, in_features)
-        groups = -(-in_features // self.group_size)
-        zero = 7 if scheme == "nf4" else SYMMETRIC_ZERO  # the code that means 0
+        self.in_features, self.out_features = in_features, out_features
+        self._hold(
+            nothing("Int4Linear", out_features, in_features, group_size=group_size, scheme=scheme,
+                    scales_dtype=scales_dtype, double_quant=double_quant, act_order=act_order, device=device)
+        )  # fmt: skip
         with torch.device(device if device is not None else torch.get_default_device()):
-            kind = scales_dtype or (torch.float32 if scheme == "nf4" else torch.bfloat16)
-            scales, nested = torch.ones(out_features, groups, dtype=torch.float32 if double_quant else kind), None
-            if double_quant:
-                scales, nested = _nothing_nested(scales)
-            zeros = torch.full((out_features, groups), zero, dtype=torch.uint8) if scheme == "asymmetric" else None
-            self._hold(
-                Int4Weight(
-                    torch.full((out_features, -(-in_features // 128) * 64), zero * 17, dtype=torch.uint8),
-                    scales, zeros, in_features, self.group_size, scheme,
-                    order=torch.arange(in_features) if act_order else None, nested=nested,
-                )
-            )  # fmt: skip
             self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None)
 
     @classmethod
@@ -131,26 +101,11 @@ class Int4Linear(nn.Linear):
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made.out_features, made.in_features = weight.shape
-        made.group_size, made.scheme = weight.group_size, weight.scheme
         made._hold(weight)
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias)
         made.register_parameter("bias", bias)
         return made
-
-    @property
-    def packed(self) -> Int4Weight:
-        """The weight as fastpost.int4_gemm takes it; no copy."""
-        nested = None
-        if self.nested_table is not None:
-            nested = NestedScales(self.nested_table, self.nested_outer, self.nested_offset[0])
-        return Int4Weight(self.codes, self.scales, self.zeros, self.in_features, self.group_size, self.scheme,
-                          order=self.order, nested=nested)  # fmt: skip
-
-    @property
-    def qweight(self) -> torch.Tensor:
-        """The codes, under the name by which peft finds the device of a layer whose weight is packed."""
-        return self.codes
 
     def replace_weight(self, weight: Int4Weight) -> None:
         """Hold another W of the same shape, in any format. Raises ValueError for another shape."""
@@ -158,7 +113,6 @@ class Int4Linear(nn.Linear):
         if weight.shape != (self.out_features, self.in_features):
             raise ValueError(f"[Int4Linear] weight: expected {[self.out_features, self.in_features]}, got "
                              f"{list(weight.shape)}.")  # fmt: skip
-        self.group_size, self.scheme = weight.group_size, weight.scheme
         self._hold(weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -183,51 +137,7 @@ class Int4Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         words = [f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"]
-        words += [self.scheme, f"group_size={self.group_size}"]
-        words.append("scales nested" if self.nested_table is not None else f"scales {str(self.scales.dtype)[6:]}")
-        return ", ".join(words + ["act_order"] * (self.order is not None))
-
-    # ---- parameters that are no floats to be converted ---------------------------------------------------------------
-
-    def _hold(self, weight: Int4Weight) -> None:
-        nested = weight.nested
-        tensors = [weight.codes, weight.scales, weight.zeros, weight.order]
-        # One number has a dimension here, because FSDP2 cuts along one.
-        tensors += [nested.table, nested.outer, nested.offset.view(1)] if nested else [None] * 3
-        self.register_parameter("weight", None)
-        for name, tensor in zip(PACKED, tensors, strict=True):
-            held = None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
-            self.register_parameter(name, held)
-
-    def _apply(self, fn, recurse=True):
-        kept = {id(self._parameters[name]) for name in self.packed_names}
-
-        def moved(tensor):
-            out = fn(tensor)
-            return out if id(tensor) not in kept or out.dtype == tensor.dtype else tensor.to(out.device)
-
-        return super()._apply(moved, recurse)
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        for name in self.packed_names:  # copying would convert without a word
-            own, given = self._parameters[name], state_dict.get(prefix + name)
-            if own is not None and given is not None and own.dtype != given.dtype:
-                errors.append(f"{prefix}{name}: expected {own.dtype}, got {given.dtype}: another four-bit format")
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-
-
-def _nothing_nested(scales: torch.Tensor) -> tuple[torch.Tensor, NestedScales]:
-    if not scales.is_meta:
-        return nest_scales(scales)
-    blocks = -(-scales.numel() // 256)
-    return scales.to(torch.uint8), NestedScales(scales.new_empty(256), scales.new_empty(blocks), scales.new_empty(()))
-
-
-def stands_for(model: nn.Module) -> dict[int, int]:
-    """{id of a packed parameter: number of weights that it stands for}: N K for codes, 0 for what belongs to them."""
-    layers = [m for m in model.modules() if isinstance(m, Int4Linear)]
-    found = {id(p): 0 for m in layers for name in m.packed_names if (p := getattr(m, name)) is not None}
-    return found | {id(m.codes): m.in_features * m.out_features for m in layers}
+        return ", ".join(words + self.format_words())
 
 
 # ---- whole models ----------------------------------------------------------------------------------------------------

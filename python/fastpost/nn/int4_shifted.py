@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from fastpost.int4 import Int4Weight, check_group_size, nest_scales, pack
-from fastpost.nn.int4_linear import PACKED, Int4Linear
+from fastpost.nn.int4_linear import Int4Linear
+from fastpost.nn.int4_packed import PACKED
 
 
 class ShiftedInt4Linear(Int4Linear):

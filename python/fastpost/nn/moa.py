@@ -21,13 +21,13 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from fastpost.nn.moe import Router, as_rows, autocast, biased, spread
-from fastpost.ops.grouped_gemm import grouped_gemm
+from fastpost.nn.int4_experts import InFourBits, autocast, matrices, multiply
+from fastpost.nn.moe import Router, as_rows, biased, spread
 from fastpost.ops.moe_combine import moe_combine
 from fastpost.ops.moe_route import Plan, Routing
 
 
-class MoA(nn.Module):
+class MoA(InFourBits, nn.Module):
     """queries[t, k] = query_e x_t, out[t] = Σ_k gate[t, k] · output_e values[t, k] (+ bias), e the k-th expert of t.
 
     Parameters: query [experts, inner, hidden], output [experts, hidden, inner], router.weight [experts, hidden], bias
@@ -42,6 +42,8 @@ class MoA(nn.Module):
     Raises:
         ValueError: sizes below 1, top_k above experts, a scoring that does not exist.
     """
+
+    expert_names = ("query", "output")
 
     def __init__(
         self,
@@ -90,13 +92,13 @@ class MoA(nn.Module):
         """x [B, S, hidden] -> (queries [B, S, K, inner], Routing)."""
         rows = as_rows("MoA", x, self.query.shape[2])
         routing = self.router(rows)
-        queries = map_heads(*autocast(rows, self.query), routing.plan)
+        queries = map_heads(*autocast(rows, matrices(self.query)), routing.plan)
         return queries.view(*x.shape[:-1], *queries.shape[1:]), routing
 
     def reduce(self, values: torch.Tensor, routing: Routing) -> torch.Tensor:
         """values [B, S, K, inner], in the order of the queries of `map`, whose Routing it takes -> [B, S, hidden]."""
         rows = as_rows("MoA", values, self.output.shape[2])
-        rows, output = autocast(rows, self.output)
+        rows, output = autocast(rows, matrices(self.output))
         out = biased(reduce_heads(rows, output, routing.plan, routing.gate), self.bias)
         return out.view(*values.shape[:-2], out.shape[-1])
 
@@ -107,10 +109,10 @@ class MoA(nn.Module):
 
 def map_heads(x: torch.Tensor, query: torch.Tensor, plan: Plan) -> torch.Tensor:
     """x [T, H], query [E, D, H] -> [T, K, D]."""
-    rows = grouped_gemm(x, query, plan.offset, order=plan.order, top_k=plan.place.shape[1])
+    rows = multiply(x, query, plan.offset, order=plan.order, top_k=plan.place.shape[1])
     return moe_combine(rows, plan, reduce=False)
 
 
 def reduce_heads(values: torch.Tensor, output: torch.Tensor, plan: Plan, gate: torch.Tensor) -> torch.Tensor:
     """values [T·K, D] a row a slot, output [E, H, D] -> [T, H]."""
-    return moe_combine(grouped_gemm(values, output, plan.offset, order=plan.order), plan, gate)
+    return moe_combine(multiply(values, output, plan.offset, order=plan.order), plan, gate)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastpost.ops._experts import experts as mixture
+from fastpost.nn.int4_experts import InFourBits, autocast, matrices, mix
 from fastpost.ops.moe_route import Routing, moe_route
 from fastpost.reference.grouped_gemm import GATED
 from fastpost.reference.moe_route import SCORINGS
@@ -87,7 +87,7 @@ class Router(nn.Module):
         return self
 
 
-class MoE(nn.Module):
+class MoE(InFourBits, nn.Module):
     """``out[t] = Σ_k gate[t, k] · down_e act(up_e x_t) (+ bias)`` with e the k-th expert of token t.
 
     x [..., hidden] -> (out [..., hidden], Routing); under autocast in its dtype. With top_k = experts and the gates
@@ -104,6 +104,8 @@ class MoE(nn.Module):
     Raises:
         ValueError: sizes below 1, top_k above experts, an activation or scoring that does not exist.
     """
+
+    expert_names = ("up", "down")
 
     def __init__(
         self,
@@ -150,8 +152,8 @@ class MoE(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Routing]:
         rows = as_rows("MoE", x, self.up.shape[2])
         routing = self.router(rows)
-        rows, up, down = autocast(rows, self.up, self.down)
-        out = mixture(rows, routing.plan, routing.gate, up, down, activation=self.activation, recompute=self.recompute)
+        rows, up, down = autocast(rows, matrices(self.up), matrices(self.down))
+        out = mix(rows, routing.plan, routing.gate, up, down, activation=self.activation, recompute=self.recompute)
         return biased(out, self.bias).view(x.shape), routing
 
     def extra_repr(self) -> str:
@@ -181,21 +183,12 @@ def as_rows(who: str, x: torch.Tensor, columns: int) -> torch.Tensor:
     return x.reshape(-1, columns).contiguous()
 
 
-def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """All of them in autocast's dtype, where that is on, as torch does for its own products; else as they are."""
-    kind = x.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        return (x, *others)
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(None if t is None else t.to(dtype) for t in (x, *others))
-
-
 def biased(out: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return out if bias is None else out + bias.to(out.dtype)
 
 
-def spread(*weights: torch.Tensor) -> None:
-    """Uniform in ±1/√fan_in, as nn.Linear's own."""
-    for weight in weights:
+def spread(*weights: torch.Tensor | nn.Module) -> None:
+    """Uniform in ±1/√fan_in, as nn.Linear's own. There are no random four-bit weights to begin from."""
+    for weight in (w for w in weights if isinstance(w, torch.Tensor)):
         bound = weight.shape[-1] ** -0.5
         nn.init.uniform_(weight, -bound, bound)

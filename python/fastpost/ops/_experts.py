@@ -14,9 +14,11 @@ from __future__ import annotations
 import torch
 
 from fastpost import _core
-from fastpost.ops import _expert_loop
+from fastpost.int4 import Int4Weight
+from fastpost.ops import _expert_loop, _int4_experts
 from fastpost.ops._register import USE_REFERENCE, expect_plain, may_skip_dispatcher, register
-from fastpost.ops.grouped_gemm import activation_code, grouped_gemm, product, rows_of, weight_gradient, workspace
+from fastpost.ops.grouped_gemm import activation_code, grouped_gemm, product, weight_gradient, workspace
+from fastpost.ops.int4_gemm import rows_of
 from fastpost.ops.moe_combine import moe_combine
 from fastpost.ops.moe_route import Plan
 
@@ -25,8 +27,8 @@ def experts(
     x: torch.Tensor,
     plan: Plan,
     gate: torch.Tensor,
-    up: torch.Tensor,
-    down: torch.Tensor,
+    up: torch.Tensor | Int4Weight,
+    down: torch.Tensor | Int4Weight,
     *,
     activation: str = "swiglu",
     up_bias: torch.Tensor | None = None,
@@ -40,7 +42,8 @@ def experts(
         plan: of T tokens and K slots (moe_route, moe_plan).
         gate: [T, K] float32.
         up: [E, 2I, H] in the dtype of x, the half that the activation acts on first.
-        down: [E, H, I].
+        down: [E, H, I]. Either may be in four bits (Int4Weight of E·2I or E·H rows, frozen); both together take a node
+            of their own that keeps as little, one alone the composition.
         activation: see grouped_gemm; must be gated.
         up_bias, down_bias: [E, 2I], [E, H], or None. With them, or with transposed weights, the backward keeps more.
         recompute: keep only x, and make the first product again in the backward (a sixth more work).
@@ -53,11 +56,15 @@ def experts(
     """
     if activation is None or not (code := activation_code(activation)):
         raise ValueError("[experts] activation: expected a gated one, got None. Compose grouped_gemm and moe_combine.")
-    apart = up_bias is not None or down_bias is not None or up.stride(-1) != 1 or down.stride(-1) != 1
+    packed = [isinstance(w, Int4Weight) for w in (up, down)]
+    turned = not any(packed) and (up.stride(-1) != 1 or down.stride(-1) != 1)
+    apart = up_bias is not None or down_bias is not None or turned or (any(packed) and not all(packed))
     if USE_REFERENCE or x.dtype == torch.float64 or apart:
         a = grouped_gemm(x, up, plan.offset, order=plan.order, top_k=plan.place.shape[1], bias=up_bias,
                          activation=activation)  # fmt: skip
         return moe_combine(grouped_gemm(a, down, plan.offset, bias=down_bias), plan, gate)
+    if all(packed):
+        return _int4_experts.experts(x, plan, gate, up, down, code, recompute)
     expect_plain("experts", x=x, gate=gate, up=up, down=down, offset=plan.offset)
     gate = gate.to(torch.float32)
     quiet = may_skip_dispatcher(x, gate, up, down)

@@ -6,14 +6,16 @@ from __future__ import annotations
 import torch
 
 from fastpost import _core
-from fastpost.ops import _expert_loop
+from fastpost.int4 import Int4Weight
+from fastpost.ops import _expert_loop, _int4_experts
 from fastpost.ops._register import USE_REFERENCE, expect_plain, may_skip_dispatcher, register
+from fastpost.ops.int4_gemm import rows_of
 from fastpost.reference import grouped_gemm as reference
 
 
 def grouped_gemm(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | Int4Weight,
     offset: torch.Tensor,
     *,
     order: torch.Tensor | None = None,
@@ -26,7 +28,8 @@ def grouped_gemm(
     Args:
         x: [R, K] in grouped order; or, with `order`, rows anywhere: row r is then x[order[r] // top_k], gathered on the
             way into the product (plan.order with top_k for tokens, with 1 for slots). float32, bfloat16 or float16.
-        weight: [E, N, K] in the dtype of x, contiguous or the transpose of a contiguous [E, K, N].
+        weight: [E, N, K] in the dtype of x, contiguous or the transpose of a contiguous [E, K, N]. Or
+            four-bit weights of all experts in one container of E·N rows, expert e from row e·N on; they are frozen.
         offset: [E + 1] int32 (plan.offset).
         order: [R] int32, or None.
         top_k: see x.
@@ -35,13 +38,16 @@ def grouped_gemm(
 
     Returns:
         [R, N], or [R, N / 2] with an activation, in the dtype of x; rows from offset[-1] on are 0. Differentiable in x,
-        weight and bias.
+        weight (unless in four bits) and bias.
 
     Raises:
-        ValueError: shapes that do not fit, dtypes that differ, a weight with neither layout, an unknown activation.
+        ValueError: shapes that do not fit, dtypes that differ, a weight with neither layout, an unknown activation,
+            four-bit rows that are no multiple of the experts, or that require gradients.
     """
     if USE_REFERENCE or x.dtype == torch.float64:
         return reference.grouped_gemm(x, weight, offset, order=order, top_k=top_k, bias=bias, activation=activation)
+    if isinstance(weight, Int4Weight):
+        return _int4_experts.grouped_gemm(x, weight, offset, order, top_k, bias, activation_code(activation))
     expect_plain("grouped_gemm", x=x, weight=weight, offset=offset, order=order, bias=bias)
     code, quiet = activation_code(activation), may_skip_dispatcher(x, weight, bias)
     keep = not quiet and code > 0 and torch.is_grad_enabled()
@@ -94,11 +100,6 @@ def weight_gradient(grad, x, offset, like, *, grad_order=None, grad_top_k=1, ord
     _core.grouped_gemm_weight_gradient(grad, grad_order, grad_top_k, x, order, top_k, offset, workspace(out, rows), out,
                                        grad_bias)  # fmt: skip
     return out
-
-
-def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """Gradients arrive expanded from sums; kernels want rows in memory."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 # ---- as an op of torch -----------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ SLAB_BYTES = 64 << 20
 
 
 def _forward(x, codes, scales, zeros, table, group_size, bias, activation_bits):
-    x = _rows(x)
+    x = rows_of(x)
     out = x.new_empty(x.shape[0], codes.shape[0])
     if x.is_cuda and not _core.int4_gemm_fits(x, codes, scales, table, False):
         return _forward_slabs(x, codes, scales, zeros, table, group_size, bias, out)
@@ -105,7 +105,7 @@ def _forward_fake(x, codes, scales, zeros, table, group_size, bias, activation_b
 
 
 def _backward(grad, codes, scales, zeros, table, group_size, columns):
-    grad = _rows(grad)
+    grad = rows_of(grad)
     grad_x = grad.new_empty(grad.shape[0], columns)
     # cuda/ops/int4_gemm_sm90.cu has a kernel that needs no slabs. In its run on an H200 it hung, most likely because
     # warp groups asked for more registers than a block has. They no longer do; until it has run, nothing depends on it.
@@ -148,8 +148,9 @@ def _dequantize_fake(codes, scales, zeros, table, group_size, columns, dtype):
     return torch.empty(codes.shape[0], columns, dtype=dtype, device=codes.device)
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """Gradients arrive expanded from sums; kernels want rows in memory."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def _setup_context(ctx, inputs, output):

@@ -9,7 +9,9 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from fastpost.int4 import Int4Weight
 from fastpost.reference import moe_dispatch
+from fastpost.reference.int4_gemm import dequantize
 
 GATED = {  # act(first half of the columns) · second half
     "swiglu": F.silu,
@@ -29,7 +31,9 @@ def activate(pre, activation):
 
 
 def grouped_gemm(x, weight, offset, *, order=None, top_k=1, bias=None, activation=None):
-    """Same signature and meaning as :func:`fastpost.grouped_gemm`, for a weight that is a tensor."""
+    """Same signature and meaning as :func:`fastpost.grouped_gemm`; four-bit weights are not rounded to x's dtype."""
+    if isinstance(weight, Int4Weight):
+        weight = dequantize(weight).view(offset.numel() - 1, -1, weight.columns)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rows = x if order is None else x.index_select(0, order.long() // top_k)
     bounds, parts = offset.tolist(), []

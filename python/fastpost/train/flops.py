@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from fastpost.data.collate import Batch
-from fastpost.nn.int4_linear import stands_for
+from fastpost.nn.int4_packed import stands_for
 
 PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "A10G": 125e12}
 """Dense bf16 FLOP/s by the vendor's data sheet, without sparsity."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastpost.nn.int4_linear import stands_for
+from fastpost.nn.int4_packed import stands_for
 
 from .parameters import Parameters
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastpost.nn.int4_linear import stands_for
+from fastpost.nn.int4_packed import stands_for
 
 from .config import Config, GroupConfig
 from .ema import Ema
