@@ -340,7 +340,8 @@ def _mixture_backward(grad, x, gate, offset, order, place, pre, code, want_x, *w
             _core.grouped_gemm_activation_backward(grad, order, top_k, part.mT, offset[first : last + 1], pre, code,
                                                    gate.view(-1), _space(part.mT, len(order)), grad_pre, None,
                                                    some.view(-1))  # fmt: skip
-            grad_gate += some
+            theirs = (place >= offset[first]) & (place < offset[last])
+            grad_gate = torch.where(theirs, some, grad_gate)
         rows = turned_product(grad_pre, up, offset) if want_x else None
     else:
         rows = _each_backward(grad, x, gate.view(-1), offset, order, top_k, pre, code, want_x, up, down,
