@@ -94,7 +94,7 @@ def four_bits(options: Options, t, shape, backward) -> Case:
     h, i, e, k = shape
 
     def make():
-        (x, up, down), logits, routing = inputs(options, t, shape)
+        (x, up, down), logits, _ = inputs(options, t, shape)
         packed = [fastpost.int4_quantize(w.flatten(0, 1)) for w in (up, down)]
         up, down = (w.dequantize(x.dtype).view(e, -1, w.columns) for w in packed)
         x, logits = x.requires_grad_(backward), logits.requires_grad_(backward)
