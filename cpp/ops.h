@@ -231,8 +231,8 @@ void moe_combine_backward(Tensor grad_out, Tensor y, Tensor place, Tensor offset
 // Rows r of a plan's grouped order; sums in float32. weight [E, N, K] has stride 1 along K, or along N (a transposed view),
 // and experts and rows may be apart. x may lie in grouped order, or with order [R] int32 anywhere: row r is then
 // x[order[r] / top_k]. x, weight, bias and outputs share a float dtype. Rows from offset[E] on become 0.
-// offset may begin above 0, for some experts of a plan: rows before offset[0] are left as they are (the slots' grad_gate
-// becomes 0), so that calls for the first experts, the next, and so on give what one call for all does.
+// offset may begin above 0, for some experts of a plan: rows before offset[0] are left as they are, so that calls for the
+// first experts, the next, and so on give what one call for all does. Of grad_gate only their own slots are theirs.
 // activation: 0 none, 1 swiglu, 2 geglu, 3 geglu with tanh, 4 reglu: act(first half of the columns) · second half.
 // workspace: uint8, as many bytes as grouped_gemm_bytes says.
 

@@ -31,6 +31,8 @@ def cases(options: Options):
     for t in tokens:
         yield layer(options, t, shape, backward=False)
         yield layer(options, t, shape, backward=True)
+        yield four_bits(options, t, shape, backward=False)
+        yield four_bits(options, t, shape, backward=True)
     yield product(options, tokens[-1], shape)
     if not options.quick and options.device.type == "cuda":
         for t in (1, 64, 16384):
@@ -83,6 +85,53 @@ def layer(options: Options, t, shape, backward) -> Case:
         tolerance=2e-2,
         flops=6 * t * k * h * i * (3 if backward else 1),
         bytes=int(size),
+        bound="memory" if few else "compute",
+    )
+
+
+def four_bits(options: Options, t, shape, backward) -> Case:
+    """The layer with frozen experts in four bits; peers have the same weights as floats, or make them first."""
+    h, i, e, k = shape
+
+    def make():
+        (x, up, down), logits, _ = inputs(options, t, shape)
+        packed = [fastpost.int4_quantize(w.flatten(0, 1)) for w in (up, down)]
+        up, down = (w.dequantize(x.dtype).view(e, -1, w.columns) for w in packed)
+        x, logits = x.requires_grad_(backward), logits.requires_grad_(backward)
+        grad = torch.randn(t, h, generator=torch.Generator().manual_seed(1)).to(x)
+        floats = SimpleNamespace(x=x, up=up, down=down, logits=logits, k=k, module=module(x, up, down, shape))
+        return SimpleNamespace(x=x, packed=packed, floats=floats, logits=logits, k=k, grad=grad)
+
+    def run(forward):
+        def call(x):
+            out = forward(x)
+            if not backward:
+                return {"out": out}
+            grads = torch.autograd.grad(out, (x.x, x.logits), x.grad.to(out.dtype))
+            return dict(zip(("out", "x", "logits"), (out.detach(), *grads), strict=True))
+
+        return call
+
+    def packed(x, convert=lambda w: w):
+        routing = fastpost.moe_route(x.logits, x.k)
+        return experts(x.x, routing.plan, routing.gate, *(convert(w) for w in x.packed))
+
+    def dequantized(x):
+        return packed(x, lambda w: w.dequantize(x.x.dtype).view(e, -1, w.columns))
+
+    others = {"bfloat16": lambda x: ours(x.floats), "dequantized": dequantized}
+    others |= {"eager": lambda x: eager(x.floats)} if transformers() else {}
+    size = int(3 * e * h * i * (1 + backward) * (0.5 + 2 / 128) * min(1, t * k / e))
+    few = t * k / e < 16
+    return Case(
+        name=f"T={t} H={h} I={i} E={e} K={k} four bits layer {'forward+backward' if backward else 'forward'}",
+        make=make,
+        runs={"fastpost": run(packed)} | {name: run(f) for name, f in peers.pick(others, options.peers).items()},
+        limits=limits.copy(size, options.device) if few else {},
+        reference=run(lambda x: exact(x.floats)),
+        tolerance=2e-2,
+        flops=6 * t * k * h * i * (2 if backward else 1),
+        bytes=size,
         bound="memory" if few else "compute",
     )
 

@@ -184,9 +184,7 @@ def test_a_recipes_quantize_takes_experts_and_leaves_routers(kind):
     assert bool(routers(model)) == (kind == "jetmoe")  # Mixtral's is no linear layer
     assert type(model.lm_head) is torch.nn.Linear
     assert torch.isfinite(model(mixtures.IDS).logits).all()
-    dense = tiny.llama() if hasattr(tiny, "llama") else None
-    if dense is not None:
-        assert BaseFormat("nf4", 32).apply(dense).experts is None
+    assert BaseFormat("nf4", 32).apply(tiny.model()).experts is None
 
 
 @pytest.mark.parametrize(("more", "message"), [

@@ -8,8 +8,9 @@ import torch
 from mixtures import CONFIGS, IDS, build, step
 
 from compare import overall
-from fastpost.hf import dequantize_experts, quantize_experts
+from fastpost.hf import dequantize_experts, load_int4, quantize_experts, save_int4
 from fastpost.hf.int4_experts import stacks
+from fastpost.hf.int4_lora import BaseFormat
 from fastpost.nn import Int4Experts
 
 KINDS = [kind for kind in CONFIGS if kind != "gpt_oss"]  # whose matrices lie transposed
@@ -95,3 +96,14 @@ def test_bad_input_is_named():
     model.model.layers[1].mlp.experts.down_proj.data[2, 0, 0] = float("inf")
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.experts.down_proj: .*row 64 holds NaN"):
         quantize_experts(model)
+
+
+def test_a_folder_of_four_bit_experts_is_refused(tmp_path):
+    model = build("mixtral")
+    BaseFormat("nf4", 32).apply(model)
+    with pytest.raises(ValueError, match=r"layers.0.mlp.experts.gate_up_proj: expected experts in floats"):
+        save_int4(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    dequantize_experts(model)
+    save_int4(model, tmp_path / "out")
+    assert overall(load_int4(tmp_path / "out", torch.float32)(IDS).logits, model.float()(IDS).logits) < 1e-5

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from fastpost.hf import adapter, folder, int4_expert_lora
+from fastpost.hf import adapter, folder, int4_expert_lora, int4_lora
 
 ROLES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
 _PEFT = "base_model.model."
@@ -76,6 +76,7 @@ def save_unfused(
         save_file(kept, aside / adapter.WEIGHTS, metadata={"format": "pt"})
         plain = {k: sorted(v) if isinstance(v, set) else v for k, v in tree.items()}
         (aside / adapter.CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        int4_lora.write(model, aside)
         folder.copy_tokenizer(Path(tokenizer or base), aside)
         (aside / adapter.WEIGHTS).chmod((aside / adapter.CONFIG).stat().st_mode & 0o777)
     return out

@@ -25,7 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fastpost.int4 import SCHEMES, Int4Weight, check_group_size
-from fastpost.nn import Int4Linear, ShiftedInt4Linear, quantize_linears
+from fastpost.nn import Int4Experts, Int4Linear, ShiftedInt4Linear, quantize_linears
 
 METHOD = "fastpost"
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -176,6 +176,10 @@ def describe(model: torch.nn.Module) -> Int4Config:
     if shifted := [name for name, m in layers.items() if isinstance(m, ShiftedInt4Linear)]:
         raise ValueError(f"[hf] {shifted[0]}: expected layers without shifts, which no folder holds, got "
                          "ShiftedInt4Linear. Keep the adapter and quantise the base on loading.")  # fmt: skip
+    if packed := [name for name, m in model.named_modules() if isinstance(m, Int4Experts)]:
+        raise ValueError(f"[hf] {packed[0]}: expected experts in floats, as folders hold them, got Int4Experts. "
+                         "Call fastpost.hf.dequantize_experts(model), or keep the adapter and quantise the base on "
+                         "loading.")  # fmt: skip
     weights = {name: m.packed for name, m in layers.items()}
     if not weights:
         raise ValueError(f"[hf] {type(model).__name__}: expected layers in four bits, found none. Quantise it first: "

@@ -13,6 +13,8 @@ interleaved, forward / with backward to x and gates:
         64     19   /  42        26   /  56         25  /  55             94 / 118             28   /  63
        512    102   / 202       108   / 215         96  / 210            191 / 308            104   / 213
 
+One token forward was 3.4, 2.7 and 3.3 times as fast as plain torch in three runs on a busy machine.
+
 On a GPU nothing may wait for offset to reach the host. As many experts as fit in SLAB_BYTES are made in the dtype of x
 at a time, and grouped_gemm's kernels compute with offset[first : last + 1] what those experts have to do. They leave
 rows before offset[first] alone and clear rows after offset[last], which the next call fills (cpp/ops.h).
@@ -340,7 +342,8 @@ def _mixture_backward(grad, x, gate, offset, order, place, pre, code, want_x, *w
             _core.grouped_gemm_activation_backward(grad, order, top_k, part.mT, offset[first : last + 1], pre, code,
                                                    gate.view(-1), _space(part.mT, len(order)), grad_pre, None,
                                                    some.view(-1))  # fmt: skip
-            grad_gate += some
+            theirs = (place >= offset[first]) & (place < offset[last])
+            grad_gate = torch.where(theirs, some, grad_gate)
         rows = turned_product(grad_pre, up, offset) if want_x else None
     else:
         rows = _each_backward(grad, x, gate.view(-1), offset, order, top_k, pre, code, want_x, up, down,
