@@ -125,6 +125,15 @@ def test_views(before, after, transposed, core, capability):
     assert error(out, truth) <= 1.2 * error(expected, truth) + 1e-6
 
 
+def test_one_matrix_for_all_experts(core, capability):
+    """A stride of 0, which the copy engine would refuse."""
+    (x, weight, offset), options = routed("shared", 110, 1, 3, 40, 48).inputs(torch.bfloat16)
+    weight = weight[:1].expand(3, -1, -1)
+    out, _ = forward(core, x, weight, offset, **options)
+    truth = reference.grouped_gemm(x.double(), weight.double(), offset, **options)
+    assert error(out, truth) <= rounding(torch.bfloat16)
+
+
 # ---- the backward through an activation ----
 
 
