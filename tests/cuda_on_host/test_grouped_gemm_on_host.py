@@ -291,6 +291,15 @@ def test_weight_gradient(name, dtype, core, capability):
             assert torch.all(out[e] == 0) and torch.all(bias[e] == 0)
 
 
+def test_gradient_of_a_bias_alone(core, capability):
+    """No columns of x: how the bias's gradient is asked for where the weight needs none."""
+    grad, x, plan = GRADIENT["plain"].inputs(torch.bfloat16)
+    bias, nothing = nans(4, 48, like=x), x.new_empty(4, 48, 0)
+    core.grouped_gemm_weight_gradient(grad, plan.order, 1, x[:, :0], plan.order, 2, plan.offset, None, nothing, bias)
+    for e, (begin, end) in enumerate(itertools.pairwise(plan.offset.tolist())):
+        assert error(bias[e], grad[plan.order.long()[begin:end]].double().sum(0)) <= rounding(torch.bfloat16)
+
+
 # ---- elementwise ----
 
 
