@@ -218,7 +218,7 @@ bool fits_sm90(const Tensor& x, const Tensor& weight) {
 
 Gathered gathered(const Tensor& x, const Tensor& order, int64_t top_k) {
   return {x.data, x.stride(0), static_cast<int>(x.size(0)), order.defined() ? order.ptr<const int32_t>() : nullptr,
-          static_cast<int>(top_k)};
+          divisor(top_k)};
 }
 
 GroupedWork product_of(const Tensor& x, const Tensor& order, int64_t top_k, const Tensor& weight, const Tensor& offset,

@@ -102,18 +102,48 @@ __device__ inline GroupedTiles make_tiles(const int32_t* offset, int experts, in
 
 // ---- what is computed ----
 
+// Division by a number that the host knows: a product and a shift. Exact for what is not negative.
+struct Divisor {
+  uint32_t multiplier;
+  int shift;
+
+  __host__ __device__ constexpr uint32_t divide(int32_t x) const {
+    return static_cast<uint32_t>(static_cast<uint64_t>(static_cast<uint32_t>(x)) * multiplier >> shift);
+  }
+};
+constexpr Divisor divisor(int64_t by) {
+  int bits = 0;
+  while (int64_t{1} << bits < by) ++bits;
+  return {static_cast<uint32_t>((uint64_t{1} << (31 + bits)) / static_cast<uint64_t>(by) + 1), 31 + bits};
+}
+constexpr bool divides_exactly(int32_t by) {
+  const Divisor d = divisor(by);
+  for (int64_t x = by; x < INT32_MAX; x += x / 8 + by) {
+    const auto multiple = static_cast<int32_t>(x / by * by);
+    if (d.divide(multiple) * static_cast<uint32_t>(by) != static_cast<uint32_t>(multiple)) return false;
+    if (d.divide(multiple - 1) != static_cast<uint32_t>(multiple / by - 1)) return false;
+  }
+  return d.divide(0) == 0 && d.divide(INT32_MAX) == static_cast<uint32_t>(INT32_MAX / by);
+}
+static_assert([] {
+  for (int32_t by = 1; by <= 130; ++by) {
+    if (!divides_exactly(by)) return false;
+  }
+  return divides_exactly(INT32_MAX) && divides_exactly(1 << 30) && divides_exactly((1 << 30) + 1);
+}());
+
 // A matrix whose rows are gathered: row r is data[order[r] / top_k], or data[r] without an order.
 struct Gathered {
   const void* data;
   int64_t stride;
   int rows;  // that exist
   const int32_t* order;
-  int top_k;
+  Divisor top_k;
 
   __device__ int row(int r) const { return order ? bounded(order[r]) : r; }
   __device__ int bounded(int slot) const {  // of order's values nobody has seen any
-    const int at = slot / top_k;
-    return at < 0 ? 0 : at < rows ? at : rows - 1;
+    const uint32_t at = top_k.divide(slot), last = static_cast<uint32_t>(rows) - 1;
+    return static_cast<int>(at < last ? at : last);
   }
 };
 

@@ -8,7 +8,7 @@
 // On Hopper the second runs here, too.
 //
 // No GPU has run it yet; tests run it on the host. nvcc 13.0, sm_80 and sm_90a: large tiles 234 and 238 registers, their
-// gradient 226 and 236, 68 KB of shared memory; small ones 114 to 131 registers, 64 KB; 8 bytes for each expert; no spills.
+// gradient 226 and 234, 68 KB of shared memory; small ones 114 to 131 registers, 64 KB; 8 bytes for each expert; no spills.
 #include "cuda/ops/grouped_gemm.cuh"
 
 namespace fastpost::cuda {

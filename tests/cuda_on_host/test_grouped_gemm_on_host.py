@@ -125,6 +125,15 @@ def test_views(before, after, transposed, core, capability):
     assert error(out, truth) <= 1.2 * error(expected, truth) + 1e-6
 
 
+def test_one_matrix_for_all_experts(core, capability):
+    """A stride of 0, which the copy engine would refuse."""
+    (x, weight, offset), options = routed("shared", 110, 1, 3, 40, 48).inputs(torch.bfloat16)
+    weight = weight[:1].expand(3, -1, -1)
+    out, _ = forward(core, x, weight, offset, **options)
+    truth = reference.grouped_gemm(x.double(), weight.double(), offset, **options)
+    assert error(out, truth) <= rounding(torch.bfloat16)
+
+
 # ---- the backward through an activation ----
 
 
@@ -280,6 +289,15 @@ def test_weight_gradient(name, dtype, core, capability):
         assert error(bias[e], g.sum(0)) <= rounding(dtype)
         if begin == end:
             assert torch.all(out[e] == 0) and torch.all(bias[e] == 0)
+
+
+def test_gradient_of_a_bias_alone(core, capability):
+    """No columns of x: how the bias's gradient is asked for where the weight needs none."""
+    grad, x, plan = GRADIENT["plain"].inputs(torch.bfloat16)
+    bias, nothing = nans(4, 48, like=x), x.new_empty(4, 48, 0)
+    core.grouped_gemm_weight_gradient(grad, plan.order, 1, x[:, :0], plan.order, 2, plan.offset, None, nothing, bias)
+    for e, (begin, end) in enumerate(itertools.pairwise(plan.offset.tolist())):
+        assert error(bias[e], grad[plan.order.long()[begin:end]].double().sum(0)) <= rounding(torch.bfloat16)
 
 
 # ---- elementwise ----
