@@ -43,7 +43,7 @@ def test_matches_reference(case, dtype, gated, reduce, device):
         assert a.dtype == dtype and a.shape == t.shape
         assert error(a.flatten(1), t.flatten(1)) < max(ROUNDING[dtype], 1.05 * error(b.flatten(1), t.flatten(1)))
     if gated:  # dot products in float32, whatever the dtype
-        assert ours[2].dtype == torch.float32 and error(ours[2], truth[2]) < 2e-6
+        assert ours[2].dtype == torch.float32 and error(ours[2], truth[2]) < 1e-5
 
 
 @pytest.mark.parametrize("reduce", [True, False])
@@ -77,7 +77,7 @@ def test_any_width_and_alignment(h, dtype, device):
     for reduce in (True, False):
         ours = run(fastpost.moe_combine, y, plan, gate, reduce, lambda t: t)
         truth = run(reference.moe_combine, y, plan, gate, reduce, torch.Tensor.double)
-        for a, t, limit in zip(ours, truth, (ROUNDING[dtype], ROUNDING[dtype], 2e-6)):
+        for a, t, limit in zip(ours, truth, (ROUNDING[dtype], ROUNDING[dtype], 1e-5)):
             assert error(a.flatten(1), t.flatten(1)) < limit
 
 
