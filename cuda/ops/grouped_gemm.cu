@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads)
 // grad_gate of a row is the sum of its tiles', in their order.
 __global__ void __launch_bounds__(kThreads) gate_kernel(GroupedWork w, int column_tiles) {
   const int row = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
-  if (row >= clamped(w.offset[w.experts], 0, w.rows)) return;
+  if (row < clamped(w.offset[0], 0, w.rows) || row >= clamped(w.offset[w.experts], 0, w.rows)) return;
   const int slot = w.x.order ? w.x.order[row] : row;
   float sum = 0.0f;
   for (int tile = 0; tile < column_tiles; ++tile) sum += w.partial[int64_t{tile} * w.rows + row];
