@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Parts of registers, and 16 by 16 words of 32 bits: transposes, and sums across lanes. Included by *_simd.cpp only, as simd.h is.
+// Words of 32 bits: what they hold, parts of registers, transposes of 16 by 16, sums across lanes. Included by
+// *_simd.cpp only, as simd.h is.
 #pragma once
 
 #include "core/simd.h"
@@ -30,6 +31,23 @@ inline F32 load_part(const uint8_t* p, int64_t n) {
   return load(lanes);
 }
 #endif
+
+// Whether two neighbouring bfloat16 are multiplied as one word; other words are float32.
+#if defined(__AVX512BF16__)
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
+
+// f.template operator()<T, Pairs>() for elements T and what becomes of them.
+template <class F>
+inline void visit_words(DType dtype, bool pairs, F&& f) {
+  if (pairs && kPairs) {
+    f.template operator()<bfloat16, kPairs>();
+  } else {
+    visit_float(dtype, [&]<class T>(T) { f.template operator()<T, false>(); });
+  }
+}
 
 // put(column, register of its 16 words) for 16 rows of 16 words, row(i) -> where row i begins.
 template <class Row, class Put>

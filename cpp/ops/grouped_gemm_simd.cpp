@@ -12,20 +12,6 @@ constexpr int kLanes = 64;  // of a panel, as in linear_logprob_fused_simd.cpp
 #else
 constexpr int kLanes = 16;
 #endif
-#if defined(__AVX512BF16__)
-constexpr bool kPairs = true;
-#else
-constexpr bool kPairs = false;
-#endif
-
-template <class F>
-void visit_words(DType dtype, bool pairs, F&& f) {
-  if (pairs && kPairs) {
-    f.template operator()<bfloat16, kPairs>();
-  } else {
-    visit_float(dtype, [&]<class T>(T) { f.template operator()<T, false>(); });
-  }
-}
 
 template <class T>
 const T* at(const GroupedRows& x, int64_t row, int64_t column) {

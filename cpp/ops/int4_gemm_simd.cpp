@@ -14,11 +14,6 @@ constexpr int kFewX = 4;    // rows of x whose sums fit the registers, for four 
 constexpr int kLanes = 16;
 constexpr int kFewX = 2;
 #endif
-#if defined(__AVX512BF16__)
-constexpr bool kPairs = true;
-#else
-constexpr bool kPairs = false;
-#endif
 
 template <bool Pairs>
 constexpr int kSteps = Pairs ? kBlock / 2 : kBlock;  // of a block
@@ -152,15 +147,6 @@ inline void words_of(const T* src, int64_t k, int64_t block, uint32_t* out) {
     for (; c + kWidth <= n; c += kWidth) store(to + c, load(from + c));
     for (; c < n; ++c) to[c] = to_float(from[c]);
     for (; c < kBlock; ++c) to[c] = 0.0f;
-  }
-}
-
-template <class F>
-void visit_words(DType dtype, bool pairs, F&& f) {
-  if (pairs && kPairs) {
-    f.template operator()<bfloat16, kPairs>();
-  } else {
-    visit_float(dtype, [&]<class T>(T) { f.template operator()<T, false>(); });
   }
 }
 
