@@ -67,7 +67,8 @@ def forward(model: torch.nn.Module, batch: Padded, objective, temperature: float
 
     out = model.base_model(input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False)
     weight, hidden = model.get_output_embeddings().weight, out.last_hidden_state.flatten(0, 1)
-    return Output(*fastpost.preference_loss(hidden, weight, batch.target, batch.cu_seqlens, objective), None)
+    scored = fastpost.preference_loss(hidden, weight, batch.target, batch.cu_seqlens, objective)
+    return Output(*scored, None, None, None)  # no routers
 
 
 def measure(model: str, kind: str, data: Path, *, size: int, repeat: int, clock: str) -> dict:

@@ -52,13 +52,13 @@ class Sums:
         totals = torch.stack([torch.stack(parts).sum() for parts in self._sums.values()]).tolist() if self._sums else []
         own = {name: (total, self._counts[name]) for name, total in zip(self._sums, totals, strict=True)}
         both: dict[str, tuple[float, float]] = {}
-        gathered = ranks.gather((own, self._chosen if self._chosen is None else self._chosen.tolist()))
-        for of_rank, _ in gathered:
-            for name, (total, count) in of_rank.items():
+        gathered = ranks.gather({"sums": own, "chosen": None if self._chosen is None else self._chosen.tolist()})
+        for of_rank in gathered:
+            for name, (total, count) in of_rank["sums"].items():
                 before = both.get(name, (0.0, 0))
                 both[name] = (before[0] + total, before[1] + count)
         values = {name: total / count for name, (total, count) in both.items()}
-        if chosen := [torch.tensor(of_rank) for _, of_rank in gathered if of_rank is not None]:
+        if chosen := [torch.tensor(r["chosen"]) for r in gathered if r["chosen"] is not None]:
             total = torch.stack(chosen).sum(0).double()
             loads = total * total.shape[1] / total.sum(1, keepdim=True)  # 1 = an even share
             values |= {"router/load_max": float(loads.max()), "router/load_min": float(loads.min())}
