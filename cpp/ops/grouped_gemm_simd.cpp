@@ -262,13 +262,12 @@ void few_along(bool pairs, DType dtype, const char* w, int64_t w_row_bytes, int6
   });
 }
 
-// So few steps that results go from registers to memory, past the caches where they fill lines.
+// So few steps that results go straight from registers to memory. (Past the caches is no faster: new memory has just been
+// cleared, so its lines are there.)
 template <bool Pairs, class T>
 void outer_of(const uint32_t* a, int64_t a_step, int64_t count, const uint32_t* panels, int64_t steps, int64_t columns,
               char* out, int64_t out_row) {
   constexpr int R = 4, kVectors = kLanes / kWidth;
-  [[maybe_unused]] const bool whole_lines =
-      sizeof(T) == 2 && kWidth == 16 && reinterpret_cast<uintptr_t>(out) % 64 == 0 && out_row % 64 == 0;
   for (int64_t r0 = 0; r0 < count; r0 += R) {
     const int64_t rows = count - r0 < R ? count - r0 : R;
     for (int64_t c = 0; c < columns; c += kLanes) {
@@ -300,17 +299,6 @@ void outer_of(const uint32_t* a, int64_t a_step, int64_t count, const uint32_t* 
       const int64_t left = columns - c;
       for (int r = 0; r < rows; ++r) {
         T* to = reinterpret_cast<T*>(out + (r0 + r) * out_row) + c;
-#if defined(__AVX512BF16__)
-        if constexpr (Pairs) {
-          if (whole_lines && left >= kLanes) {
-            for (int v = 0; v < kVectors; v += 2) {
-              const __m512i line = (__m512i)_mm512_cvtne2ps_pbh(sums[r][v + 1].v, sums[r][v].v);
-              _mm512_stream_si512(reinterpret_cast<__m512i*>(to + v * kWidth), line);
-            }
-            continue;
-          }
-        }
-#endif
         for (int v = 0; v < kVectors && v * kWidth < left; ++v) {
           const int64_t n = left - v * kWidth;
           n >= kWidth ? store(to + v * kWidth, sums[r][v]) : store_tail(to + v * kWidth, sums[r][v], n);
@@ -318,9 +306,6 @@ void outer_of(const uint32_t* a, int64_t a_step, int64_t count, const uint32_t* 
       }
     }
   }
-#if defined(__AVX512F__)
-  if (whole_lines) _mm_sfence();
-#endif
 }
 
 void outer(bool pairs, DType dtype, const uint32_t* a, int64_t a_step, int64_t count, const uint32_t* panels,
