@@ -11,7 +11,8 @@ namespace fastpost {
 
 // Asks the system for large pages under memory that is about to be written for the first time. A new tensor of more than
 // 32 MB is new memory every time, and clearing it 4 KiB at a time costs about 0.5 ms a MB (measured on a virtual AMD EPYC:
-// 45 ms for 92 MB, 8 once it is there). Only a hint: where it is not wanted or not needed, nothing happens.
+// 45 ms for 92 MB, 8 once it is there). Only a hint: where it is not wanted or not needed, nothing happens. Where free
+// memory is in small pieces the system may first have to put large ones together, which was once seen to cost 100 ms.
 inline void prefer_large_pages(void* begin, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 2 << 20;

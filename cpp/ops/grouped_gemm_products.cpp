@@ -402,12 +402,11 @@ void weight_gradient(const GroupedRows& grad, const GroupedRows& x, const Groups
       [&](int64_t slot, int64_t e, int64_t b) {
         const int64_t begin = b * kMaxBlock, count = std::min<int64_t>(kMaxBlock, s.n - begin);
         const int64_t rows = groups.rows(e), all = s.words.steps(rows), first = groups.first(e);
-        char* to[kMaxBlock];
+        const auto row_of = [&](int64_t i) {
+          return out.ptr<char>() + (e * out.stride(0) + (begin + i) * out.stride(1)) * itemsize(out.dtype);
+        };
         if (rows == 0) {
-          for (int64_t i = 0; i < count; ++i) {
-            std::memset(row_part(out, 0, 0) + ((e * out.stride(0) + (begin + i) * out.stride(1)) * itemsize(out.dtype)),
-                        0, s.k * itemsize(out.dtype));
-          }
+          for (int64_t i = 0; i < count; ++i) std::memset(row_of(i), 0, s.k * itemsize(out.dtype));
           if (grad_bias.defined())
             std::memset(const_cast<char*>(at(grad_bias, e * s.n + begin)), 0, count * itemsize(out.dtype));
           return;
@@ -423,8 +422,7 @@ void weight_gradient(const GroupedRows& grad, const GroupedRows& x, const Groups
                                        std::min(rows - from, steps * s.words.per_word), begin, begin + count, kMaxBlock,
                                        0, a);
           if (all <= kFewSteps) {
-            char* first_out = out.ptr<char>() + (e * out.stride(0) + begin * out.stride(1)) * itemsize(out.dtype);
-            grouped_kernels().outer(s.words.pairs, out.dtype, a, kMaxBlock, count, panels, all, s.k, first_out,
+            grouped_kernels().outer(s.words.pairs, out.dtype, a, kMaxBlock, count, panels, all, s.k, row_of(0),
                                     out.stride(1) * itemsize(out.dtype));
             break;
           }
@@ -435,10 +433,8 @@ void weight_gradient(const GroupedRows& grad, const GroupedRows& x, const Groups
                                      used, c, s.lanes, step > 0);
             if (step + steps < all) continue;
             for (int64_t i = 0; i < count; ++i) {
-              to[i] =
-                  out.ptr<char>() + (e * out.stride(0) + (begin + i) * out.stride(1) + column) * itemsize(out.dtype);
+              fused_kernels().convert(c + i * s.lanes, out.dtype, row_of(i) + column * itemsize(out.dtype), used);
             }
-            fused_kernels().convert_away(c, count, out.dtype, to, used);
           }
         }
         if (grad_bias.defined()) {
