@@ -80,7 +80,6 @@ int64_t slots_for(const Tensor& workspace, const Tensor& like, MakeSpace&& make)
 struct Forward {
   Words words;
   int64_t r, n, k, experts, steps, lanes, few_row;
-  int64_t block;  // outputs at a time, or pairs of outputs under an activation
   Forward(DType dtype, int64_t rows, int64_t e, int64_t outputs, int64_t columns)
       : words(dtype),
         r(rows),
@@ -89,8 +88,7 @@ struct Forward {
         experts(e),
         steps(words.steps(columns)),
         lanes(fused_kernels().lanes),
-        few_row(ceil_div(steps, 16) * 16 + kPad),
-        block(kMaxBlock) {}
+        few_row(ceil_div(steps, 16) * 16 + kPad) {}
   int64_t panels() const { return r / lanes + std::min(experts, r / (kFew + 1)); }
 };
 

@@ -25,7 +25,7 @@ void moe_combine(Tensor y, Tensor place, Tensor gate, Tensor out) {
   expect_narrow_on_gpu(op, "y", y);
   if (y.device == Device::CUDA) return cuda::moe_combine(y, place, gate, out);
 
-  const GroupedRows rows{y, place};
+  const RowsOfSlots rows{y, place};
   const CombineKernels& kernels = combine_kernels();
   const int64_t size = itemsize(wide(y.dtype));
   parallel_for(t, row_grain(k * h * itemsize(y.dtype)), [&](int64_t begin, int64_t end) {
@@ -71,7 +71,7 @@ void moe_combine_backward(Tensor grad_out, Tensor y, Tensor place, Tensor offset
   }
 
   // A token at a time: its gradient is in cache for all its rows, and each row of y and grad_y is met once.
-  const GroupedRows y_rows{y, place}, grad_rows{grad_y, place};
+  const RowsOfSlots y_rows{y, place}, grad_rows{grad_y, place};
   const bool is_double = dtype == DType::Float64;
   parallel_for(t, row_grain(k * h * itemsize(dtype)), [&](int64_t begin, int64_t end) {
     for (int64_t slot = begin * k; slot < end * k; ++slot) {

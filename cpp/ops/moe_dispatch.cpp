@@ -56,7 +56,7 @@ void moe_dispatch_backward(Tensor grad_out, Tensor place, Tensor grad_x) {
   expect_narrow_on_gpu(op, "grad_out", grad_out);
   if (grad_out.device == Device::CUDA) return cuda::moe_dispatch_backward(grad_out, place, grad_x);
 
-  const GroupedRows rows{grad_out, place};
+  const RowsOfSlots rows{grad_out, place};
   parallel_for(t, row_grain(k * bytes), [&](int64_t begin, int64_t end) {
     std::vector<const void*> present(k);
     for (int64_t i = begin; i < end; ++i) {

@@ -34,8 +34,8 @@ inline char* token_row(const Tensor& x, int64_t t, int64_t k) {
 // Rows that a thread should get at least.
 inline int64_t row_grain(int64_t row_bytes) { return (64 << 10) / std::max<int64_t>(row_bytes, 1) + 1; }
 
-// Row r of x [R, H]; null for nobody's.
-struct GroupedRows {
+// The row of x [R, H] that a slot has in grouped order; null for nobody's.
+struct RowsOfSlots {
   const Tensor& x;
   const Tensor& place;
   char* operator[](int64_t slot) const {

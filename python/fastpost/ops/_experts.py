@@ -16,8 +16,9 @@ import torch
 from fastpost import _core
 from fastpost.int4 import Int4Weight
 from fastpost.ops import _expert_loop, _int4_experts
+from fastpost.ops._grouped import workspace
 from fastpost.ops._register import USE_REFERENCE, expect_plain, may_skip_dispatcher, register
-from fastpost.ops.grouped_gemm import activation_code, grouped_gemm, product, weight_gradient, workspace
+from fastpost.ops.grouped_gemm import activation_code, grouped_gemm, product, weight_gradient
 from fastpost.ops.int4_gemm import rows_of
 from fastpost.ops.moe_combine import moe_combine
 from fastpost.ops.moe_route import Plan

@@ -30,6 +30,7 @@ import torch
 
 from fastpost import _core
 from fastpost.int4 import NESTED_BLOCK, Int4Weight
+from fastpost.ops._grouped import summed_back, workspace
 from fastpost.ops._register import expect_plain, may_skip_dispatcher, register
 from fastpost.ops.int4_gemm import rows_of
 
@@ -110,7 +111,7 @@ def product(x, w: Stack, offset, order=None, top_k=1, bias=None, code=0, pre=Non
     if _by_slabs(x):
         for first, last, part in _slabs(w, experts, x):
             some = None if bias is None else bias[first:last]
-            _core.grouped_gemm(x, order, top_k, part, offset[first : last + 1], some, code, _space(part, rows), pre,
+            _core.grouped_gemm(x, order, top_k, part, offset[first : last + 1], some, code, workspace(part, rows), pre,
                                out)  # fmt: skip
         return out
     parts = _Parts(x, order, top_k, offset)
@@ -132,7 +133,8 @@ def turned_product(grad, w: Stack, offset) -> torch.Tensor:
     out = grad.new_empty(rows, w.columns)
     if _by_slabs(grad):
         for first, last, part in _slabs(w, experts, grad):
-            _core.grouped_gemm(grad, None, 1, part.mT, offset[first : last + 1], None, 0, _space(part.mT, rows), None,
+            turned = part.mT
+            _core.grouped_gemm(grad, None, 1, turned, offset[first : last + 1], None, 0, workspace(turned, rows), None,
                                out)  # fmt: skip
         return out
     parts = _Parts(grad, None, 1, offset)
@@ -157,11 +159,6 @@ def _slabs(w: Stack, experts: int, like: torch.Tensor) -> Iterator[tuple[int, in
         part = slab[: (last - first) * n]
         _core.int4_gemm_dequantize(*w.rows(first * n, last * n), part)
         yield first, last, w.own(part).view(last - first, n, k)
-
-
-def _space(weight: torch.Tensor, rows: int) -> torch.Tensor:
-    bytes = _core.grouped_gemm_bytes(weight, rows, torch.get_num_threads())
-    return torch.empty(bytes, dtype=torch.uint8, device=weight.device)
 
 
 class _Parts:
@@ -242,15 +239,12 @@ def _backward(grad, offset, order, top_k, pre, code, tokens, wanted, *weight):
         grad_bias = grad.new_empty(e, n)
         like = grad.new_empty(e, n, 0)
         _core.grouped_gemm_weight_gradient(grad, None, 1, grad.new_empty(len(grad), 0), None, 1, offset,
-                                           _space(like, len(grad)), like, grad_bias)  # fmt: skip
+                                           workspace(like, len(grad)), like, grad_bias)  # fmt: skip
     if not wanted[0]:
         return none, grad_bias
     grad_x = turned_product(grad, w, offset)
     if order is not None:
-        place = torch.empty_like(order)
-        place[order.long()] = torch.arange(len(order), dtype=torch.int32, device=order.device)
-        rows, grad_x = grad_x, grad.new_empty(tokens, w.columns)
-        _core.moe_combine(rows, place.view(-1, top_k), None, grad_x)
+        grad_x = summed_back(grad_x, order, top_k, tokens)
     return grad_x, grad_bias
 
 
@@ -340,7 +334,7 @@ def _mixture_backward(grad, x, gate, offset, order, place, pre, code, want_x, *w
         for first, last, part in _slabs(down, offset.numel() - 1, x):
             some = torch.empty_like(gate)
             _core.grouped_gemm_activation_backward(grad, order, top_k, part.mT, offset[first : last + 1], pre, code,
-                                                   gate.view(-1), _space(part.mT, len(order)), grad_pre, None,
+                                                   gate.view(-1), workspace(part.mT, len(order)), grad_pre, None,
                                                    some.view(-1))  # fmt: skip
             theirs = (place >= offset[first]) & (place < offset[last])
             grad_gate = torch.where(theirs, some, grad_gate)

@@ -8,6 +8,7 @@ import torch
 from fastpost import _core
 from fastpost.int4 import Int4Weight
 from fastpost.ops import _expert_loop, _int4_experts
+from fastpost.ops._grouped import summed_back, workspace
 from fastpost.ops._register import USE_REFERENCE, expect_plain, may_skip_dispatcher, register
 from fastpost.ops.int4_gemm import rows_of
 from fastpost.reference import grouped_gemm as reference
@@ -62,13 +63,7 @@ def activation_code(activation: str | None) -> int:
     return reference.ACTIVATIONS.index(activation)
 
 
-def workspace(weight: torch.Tensor, rows: int) -> torch.Tensor:
-    """What the products of `rows` grouped rows with this weight [E, N, K] need, in either direction."""
-    bytes = _core.grouped_gemm_bytes(weight, rows, torch.get_num_threads())
-    return torch.empty(bytes, dtype=torch.uint8, device=weight.device)
-
-
-def product(x, weight, offset, order=None, top_k=1, bias=None, code=0, pre=None, space=None):
+def product(x, weight, offset, order=None, top_k=1, bias=None, code=0, pre=None):
     """[R, N] or, with an activation, [R, N / 2]. pre: [R, N] to fill, if it is to be kept."""
     rows, n = (x if order is None else order).shape[0], weight.shape[1]
     if _expert_loop.preferred(weight, rows):
@@ -76,8 +71,7 @@ def product(x, weight, offset, order=None, top_k=1, bias=None, code=0, pre=None,
     if code and pre is None and weight.stride(2) != 1:
         pre = x.new_empty(rows, n)  # the activation follows the product
     out = x.new_empty(rows, n // 2 if code else n)
-    space = workspace(weight, rows) if space is None else space
-    _core.grouped_gemm(x, order, top_k, weight, offset, bias, code, space, pre, out)
+    _core.grouped_gemm(x, order, top_k, weight, offset, bias, code, workspace(weight, rows), pre, out)
     return out
 
 
@@ -127,10 +121,7 @@ def _backward(grad, x, weight, offset, order, top_k, pre, code, bias, wanted):
     grad_bias = grad.new_empty(weight.shape[:2]) if bias else None
     grad_x = product(grad, weight.mT, offset) if wanted[0] else none
     if wanted[0] and order is not None:
-        place = torch.empty_like(order)
-        place[order.long()] = torch.arange(len(order), dtype=torch.int32, device=order.device)
-        rows, grad_x = grad_x, torch.empty_like(x)
-        _core.moe_combine(rows, place.view(-1, top_k), None, grad_x)
+        grad_x = summed_back(grad_x, order, top_k, x.shape[0])
     grad_weight = none
     if wanted[1] or bias:
         grad_weight = weight_gradient(grad, x, offset, weight, order=order, top_k=top_k, grad_bias=grad_bias)
