@@ -259,4 +259,76 @@ void grouped_gemm_activate(Tensor pre, int64_t activation, Tensor grad_out, Tens
 // Workspace of the first three for R rows, on so many threads.
 int64_t grouped_gemm_bytes(Tensor weight, int64_t rows, int64_t threads);
 
+// ---- kv_factorize: keys of few dimensions ----------------------------------------------------------------------------------
+// Inference ops from here on: nothing is differentiable. Key and value caches: B rows (sequences), G key heads of d
+// dimensions, S tokens, D = G·d.
+
+// gram [B, D, D] float32 = Σ_s keys[b, s] ⊗ keys[b, s] over s < length[b]? int32 (absent: all S), both triangles, sums
+// in float32. keys [B, S, D] with stride 1 along D. workspace: uint8, kv_factorize_bytes.
+void kv_factorize_gram(Tensor keys, Tensor length, Tensor workspace, Tensor gram);
+
+// u [B, S, r] = keys[b, s] · directions[b] [D, r] float32. u int8 comes with scale [B, S] float32, one a row: u·scale,
+// scale = max|row| / 127, rounded half to even; else u has the dtype of keys or float32 and scale is None. Rows from
+// length[b]? on become 0 (scale 0).
+void kv_factorize_project(Tensor keys, Tensor length, Tensor directions, Tensor workspace, Tensor u, Tensor scale);
+
+// Workspace of both, on so many threads.
+int64_t kv_factorize_bytes(Tensor keys, int64_t rank, int64_t threads);
+
+// ---- kv_landmarks: one key for a chunk ---------------------------------------------------------------------------------
+
+// Chunks of `chunk` consecutive tokens of keys [B, G, S, d] (stride 1 along d), C = S / chunk whole ones. Of each:
+// landmark [B, G, C, d] = the mean, int8 with scale [B, G, C] float32 (as in kv_factorize_project) or in the dtype of
+// keys or float32 with scale None; similarity [B, G, C] float32 = the least cosine between a member and the mean.
+// Chunks not wholly below length[b]? int32 get landmark 0, scale 0 and similarity 1.
+void kv_landmarks(Tensor keys, Tensor length, int64_t chunk, Tensor landmark, Tensor scale, Tensor similarity);
+
+// ---- kv_select: which chunks a query needs ------------------------------------------------------------------------------
+
+// Row b with query [B, H, d] looks at the landmarks [P, G, C, d] (scale [P, G, C]? as above) of p = source[b]? int32
+// (absent: b): p_h = softmax over candidates c of scaling·q_h·landmark_c; a key head's score of c is the largest p_h of
+// its H / G query heads; the N of largest score are chosen, the lower chunk of two equal ones. Candidates are the chunks
+// c < count[b] int32 that are not in kept [B, G, O]? int32 (-1: nothing).
+// resident [B, G, N] int32 says which chunk lies in which slot (-1: none) and is brought up to date: a chunk that stays
+// keeps its slot, new ones take the free slots, lower chunks lower slots. Per (b, g): chunks [B, G, N] int32 = the chosen
+// in ascending order, then -1; slots [B, G, N] int32 = the slot of each (-1 after the last); fresh [B, G, N] uint8 =
+// whether it was not resident before.
+void kv_select(Tensor query, Tensor landmark, Tensor scale, Tensor source, Tensor count, Tensor kept, double scaling,
+               Tensor workspace, Tensor resident, Tensor chunks, Tensor slots, Tensor fresh);
+int64_t kv_select_bytes(Tensor query, Tensor landmark, int64_t threads);
+
+// ---- kv_reconstruct: keys of chunks, out of their factors -----------------------------------------------------------------
+
+// For each j with chunks[b, g, j] = c >= 0 and fresh[b, g, j]? uint8 nonzero (absent: all), and each i of the chunk's rows
+// (token s = c·chunk + i, slot = slots[b, g, j]?, absent: j), with p = source[b]? (absent: b):
+// keys[b, g, slot, i] = rotate(u[p, s] · basis[p, g], s), u [P, S, r] with scale [P, S]? as in kv_factorize, basis [P, G,
+// r, d] float32 or bfloat16. rotate turns dimensions (k, k + w) for k < w by the angle whose cosine and sine are
+// cos[s, k], sin[s, k] (cos, sin [1 or P, S', w] in float32 or bfloat16, 2w <= d, the others stay; None: no rotation).
+// keys [B, G, M, chunk, d] float32, bfloat16 or float16, any strides but along the last two dimensions.
+// With values [P, G, C, chunk, d] (on the CPU even when the rest is on a GPU, then pinned; any strides but along the last
+// two), also value_pool[b, g, slot, i] = values[p, g, c, i], times value_scale[p, g, c, i]? float32 where values is int8.
+void kv_reconstruct(Tensor u, Tensor scale, Tensor basis, Tensor cos, Tensor sin, Tensor source, Tensor chunks,
+                    Tensor slots, Tensor fresh, Tensor values, Tensor value_scale, Tensor workspace, Tensor keys,
+                    Tensor value_pool);
+int64_t kv_reconstruct_bytes(Tensor u, Tensor basis, int64_t threads);
+
+// ---- paged_attention: queries on keys and values in pages -------------------------------------------------------------------
+
+// T query rows [T, H, d] of B sequences; those of b are cu_seqlens[b] to cu_seqlens[b + 1] (int32 [B + 1]; absent: T = B,
+// one each). Row i of n sees the first length[b] - (n - 1 - i) positions (length int32 [B]), the last `window` of them
+// if window > 0: out = softmax(scaling·q·k) · v, with softcap·tanh(·/softcap) before the softmax if softcap > 0.
+// Query head h uses key head h / (H / G). Position x of sequence b lies in page t = key_table[b, g, x / page] int32
+// [B, 1 or G, N], at keys[key_row[b]?, g, t, x mod page]; keys [R, G, P, page, d] and values [R', G, P', page, d] with
+// any strides but along the last dimension; key_row? int32 [B] (absent: 0 where R = 1, else b); values the same with
+// value_table? (absent: key_table) and value_row?. A page of -1 is not there: its positions count but are not seen.
+// new_keys?, new_values? [T, G, d] are written first, at the positions of their rows (length counts them).
+// The softmax goes on where begun_out? [T, H, d] float32 and begun_lse? [T, H] float32 ended (-inf: nothing yet).
+// out [T, H, d] in the dtype of query or float32; lse? [T, H] float32 = log Σ exp. A row that sees nothing: 0 and -inf.
+// query, keys, values, new_keys and new_values share float32, bfloat16 or float16. workspace: uint8.
+void paged_attention(Tensor query, Tensor keys, Tensor values, Tensor key_table, Tensor value_table, Tensor length,
+                     Tensor cu_seqlens, Tensor key_row, Tensor value_row, Tensor new_keys, Tensor new_values,
+                     Tensor begun_out, Tensor begun_lse, double scaling, double softcap, int64_t window,
+                     Tensor workspace, Tensor out, Tensor lse);
+int64_t paged_attention_bytes(Tensor query, Tensor keys, Tensor key_table, int64_t threads);
+
 }  // namespace fastpost

@@ -82,4 +82,23 @@ void grouped_gemm_weight_gradient(Tensor, Tensor, int64_t, Tensor, Tensor, int64
 }
 void grouped_gemm_activate(Tensor, int64_t, Tensor, Tensor, Tensor) { no_cuda("grouped_gemm"); }
 
+void kv_factorize_gram(Tensor, Tensor, Tensor, Tensor) { no_cuda("kv_factorize"); }
+void kv_factorize_project(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor) { no_cuda("kv_factorize"); }
+int64_t kv_factorize_bytes(Tensor, int64_t) { no_cuda("kv_factorize"); }
+void kv_landmarks(Tensor, Tensor, int64_t, Tensor, Tensor, Tensor) { no_cuda("kv_landmarks"); }
+void kv_select(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, double, Tensor, Tensor, Tensor, Tensor, Tensor) {
+  no_cuda("kv_select");
+}
+int64_t kv_select_bytes(Tensor, Tensor) { no_cuda("kv_select"); }
+void kv_reconstruct(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                    Tensor, Tensor) {
+  no_cuda("kv_reconstruct");
+}
+int64_t kv_reconstruct_bytes(Tensor, Tensor) { no_cuda("kv_reconstruct"); }
+void paged_attention(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                     Tensor, double, double, int64_t, Tensor, Tensor, Tensor) {
+  no_cuda("paged_attention");
+}
+int64_t paged_attention_bytes(Tensor, Tensor, Tensor) { no_cuda("paged_attention"); }
+
 }  // namespace fastpost::cuda

@@ -84,4 +84,23 @@ void grouped_gemm_weight_gradient(Tensor grad, Tensor grad_order, int64_t grad_t
                                   int64_t top_k, Tensor offset, Tensor workspace, Tensor grad_weight, Tensor grad_bias);
 void grouped_gemm_activate(Tensor pre, int64_t activation, Tensor grad_out, Tensor out, Tensor grad_pre);
 
+// Values of tables, lengths, chunks, slots and sources are not read back; kernels keep them within bounds. Nothing waits for
+// the host, and grids depend on shapes alone, so a CUDA graph may hold them.
+void kv_factorize_gram(Tensor keys, Tensor length, Tensor workspace, Tensor gram);
+void kv_factorize_project(Tensor keys, Tensor length, Tensor directions, Tensor workspace, Tensor u, Tensor scale);
+int64_t kv_factorize_bytes(Tensor keys, int64_t rank);
+void kv_landmarks(Tensor keys, Tensor length, int64_t chunk, Tensor landmark, Tensor scale, Tensor similarity);
+void kv_select(Tensor query, Tensor landmark, Tensor scale, Tensor source, Tensor count, Tensor kept, double scaling,
+               Tensor workspace, Tensor resident, Tensor chunks, Tensor slots, Tensor fresh);
+int64_t kv_select_bytes(Tensor query, Tensor landmark);
+void kv_reconstruct(Tensor u, Tensor scale, Tensor basis, Tensor cos, Tensor sin, Tensor source, Tensor chunks,
+                    Tensor slots, Tensor fresh, Tensor values, Tensor value_scale, Tensor workspace, Tensor keys,
+                    Tensor value_pool);
+int64_t kv_reconstruct_bytes(Tensor u, Tensor basis);
+void paged_attention(Tensor query, Tensor keys, Tensor values, Tensor key_table, Tensor value_table, Tensor length,
+                     Tensor cu_seqlens, Tensor key_row, Tensor value_row, Tensor new_keys, Tensor new_values,
+                     Tensor begun_out, Tensor begun_lse, double scaling, double softcap, int64_t window,
+                     Tensor workspace, Tensor out, Tensor lse);
+int64_t paged_attention_bytes(Tensor query, Tensor keys, Tensor key_table);
+
 }  // namespace fastpost::cuda

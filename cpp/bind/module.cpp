@@ -88,4 +88,14 @@ NB_MODULE(_core, m) {
   def_op(m, "grouped_gemm_activate", &fastpost::grouped_gemm_activate);
   m.def("moe_route_bytes", &fastpost::moe_route_bytes);
   m.def("grouped_gemm_bytes", &fastpost::grouped_gemm_bytes);
+  def_op(m, "kv_factorize_gram", &fastpost::kv_factorize_gram);
+  def_op(m, "kv_factorize_project", &fastpost::kv_factorize_project);
+  m.def("kv_factorize_bytes", &fastpost::kv_factorize_bytes);
+  def_op(m, "kv_landmarks", &fastpost::kv_landmarks);
+  def_op(m, "kv_select", &fastpost::kv_select);
+  m.def("kv_select_bytes", &fastpost::kv_select_bytes);
+  def_op(m, "kv_reconstruct", &fastpost::kv_reconstruct);
+  m.def("kv_reconstruct_bytes", &fastpost::kv_reconstruct_bytes);
+  def_op(m, "paged_attention", &fastpost::paged_attention);
+  m.def("paged_attention_bytes", &fastpost::paged_attention_bytes);
 }

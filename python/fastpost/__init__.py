@@ -26,6 +26,14 @@ _HOME = {  # public name -> module that defines it
     "moe_dispatch": "fastpost.ops.moe_dispatch",
     "moe_combine": "fastpost.ops.moe_combine",
     "grouped_gemm": "fastpost.ops.grouped_gemm",
+    "kv_factorize": "fastpost.ops.kv_factorize",
+    "kv_project": "fastpost.ops.kv_factorize",
+    "KVFactors": "fastpost.ops.kv_factorize",
+    "kv_landmarks": "fastpost.ops.kv_landmarks",
+    "kv_select": "fastpost.ops.kv_select",
+    "kv_reconstruct": "fastpost.ops.kv_reconstruct",
+    "paged_attention": "fastpost.ops.paged_attention",
+    "ShadowCache": "fastpost.generate.shadow",
 }
 _MODULES = ("nn", "objectives", "parallel", "reference")
 

@@ -79,9 +79,13 @@ void grouped_tiles(fastpost::Tensor offset, int64_t rows, int64_t tile_rows, int
                column_tiles, out.ptr<int32_t>());
 }
 
-void grouped_bytes(fastpost::Tensor weight, int64_t rows, fastpost::Tensor out) {
-  *out.ptr<int64_t>() = cuda::grouped_gemm_bytes(weight, rows);
-}
+// A function of the core that returns bytes, as one that writes them to its last argument.
+template <auto F>
+struct BytesOf;
+template <class... Args, int64_t (*F)(Args...)>
+struct BytesOf<F> {
+  static void call(Args... args, fastpost::Tensor out) { *out.ptr<int64_t>() = F(args...); }
+};
 
 struct Export {
   const char* name;
@@ -120,7 +124,17 @@ const Export exports[] = {
     {"grouped_gemm_weight_gradient", address<cuda::grouped_gemm_weight_gradient>},
     {"grouped_gemm_activate", address<cuda::grouped_gemm_activate>},
     {"grouped_tiles", address<grouped_tiles>},
-    {"grouped_bytes", address<grouped_bytes>},
+    {"grouped_bytes", address<BytesOf<cuda::grouped_gemm_bytes>::call>},
+    {"kv_factorize_gram", address<cuda::kv_factorize_gram>},
+    {"kv_factorize_project", address<cuda::kv_factorize_project>},
+    {"kv_factorize_bytes", address<BytesOf<cuda::kv_factorize_bytes>::call>},
+    {"kv_landmarks", address<cuda::kv_landmarks>},
+    {"kv_select", address<cuda::kv_select>},
+    {"kv_select_bytes", address<BytesOf<cuda::kv_select_bytes>::call>},
+    {"kv_reconstruct", address<cuda::kv_reconstruct>},
+    {"kv_reconstruct_bytes", address<BytesOf<cuda::kv_reconstruct_bytes>::call>},
+    {"paged_attention", address<cuda::paged_attention>},
+    {"paged_attention_bytes", address<BytesOf<cuda::paged_attention_bytes>::call>},
 };
 
 }  // namespace

@@ -75,6 +75,18 @@ def expect_plain(op: str, **tensors: torch.Tensor | None) -> None:
         device = tensor.device
 
 
+def refuse_grad(op: str, **tensors: torch.Tensor | None) -> None:
+    """For ops of inference alone: a gradient that would silently be lost is refused."""
+    if not torch.is_grad_enabled():
+        return
+    for argument, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            raise ValueError(
+                f"[{op}] {argument}: expected a tensor without gradient, got one that requires grad. This op has no "
+                "backward; call it under torch.no_grad(), or pass .detach()."
+            )
+
+
 def scalar(op: str, argument: str, value, like: torch.Tensor) -> torch.Tensor | None:
     """A number or one-element tensor as a tensor [] in the dtype of `like`, without a gradient; None stays None."""
     if not isinstance(value, torch.Tensor):
