@@ -9,8 +9,8 @@ from fastpost.ops import _few_rows
 
 
 class DecodeLinear(nn.Linear):
-    """An nn.Linear whose products of up to 32 bfloat16 rows on a CPU, without gradient, read the weights at the memory's
-    speed. Everything else goes as in nn.Linear; parameters and their names are the same."""
+    """An nn.Linear whose products of up to 32 bfloat16 rows on a CPU, without gradient, read the weights as fast as
+    memory gives them. Everything else goes as in nn.Linear; parameters and their names are the same."""
 
     def forward(self, x):
         if _few_rows.fits(x, self.weight):
@@ -19,8 +19,8 @@ class DecodeLinear(nn.Linear):
 
 
 def use_decode_linear(model: nn.Module) -> int:
-    """Make each plain nn.Linear of `model` a DecodeLinear, in place, by its class alone: no weight is copied or renamed.
-    Returns how many. Does nothing to layers that are something else already (quantised, with an adapter)."""
+    """Make each plain nn.Linear of `model` a DecodeLinear, in place, by its class alone: no weight is copied or
+    renamed. Returns how many. Does nothing to layers that are something else already (quantised, with an adapter)."""
     return _change(model, nn.Linear, DecodeLinear)
 
 
