@@ -36,13 +36,12 @@ void with_vectors(int64_t m, F&& f) {  // 1 to kAtOnce
 
 // ---- few vectors -----------------------------------------------------------------------------------------------------
 
-// Rows lie in pages that are anywhere, where the hardware does not look ahead: so many rows are asked for in advance.
-constexpr int64_t kAhead = 24;
+// Rows lie in pages that are anywhere, where the hardware does not look ahead: so many rows are asked for in advance, a
+// few at a time between the sums, so that memory never rests.
+constexpr int64_t kAhead = 16;
 
-template <class T>
-inline void ask_for(const char* const* rows, int64_t i, int64_t count, int64_t d) {
-  if (i >= count) return;
-  for (int64_t c = 0; c < d * static_cast<int64_t>(sizeof(T)); c += 64) __builtin_prefetch(rows[i] + c, 0, 2);
+inline void ask_for(const char* from, int64_t bytes) {
+  for (int64_t c = 0; c < bytes; c += 64) __builtin_prefetch(from + c);
 }
 
 // logits[v][r] = query v · row r, for M vectors and R rows.
@@ -99,7 +98,9 @@ void all_dots(PointedRows keys, int64_t d, const uint32_t* query, int64_t query_
         constexpr int R = kSums / (M == 3 ? 4 : M);
         for (int64_t i = 0; i < n; i += R) {
           if (v == 0) {
-            for (int r = 0; r < R; ++r) ask_for<T>(keys.row, i0 + i + r + kAhead, keys.count, d);
+            for (int64_t r = i0 + i + kAhead; r < i0 + i + kAhead + R && r < keys.count; ++r) {
+              ask_for(keys.row[r], d * static_cast<int64_t>(sizeof(T)));
+            }
           }
           dots<Pairs, M, R, T>(rows + i, d, query + v * query_row, query_row, logits + v * kSplit + i0 + i);
         }
@@ -137,9 +138,9 @@ void soften(float* z, int64_t count, Seen seen, LogitRule rule, float* stats) {
   stats[1] = sum(total);
 }
 
-// out[v][C registers] += Σ_r p[v][r]·row r, for M vectors.
+// out[v][C registers] += Σ_r p[v][r]·row r, for M vectors; the first `ahead` rows are not the last kAhead of all.
 template <int M, int C, class T>
-void weigh(const char* const* rows, int64_t count, int64_t begin, int64_t d, const float* p, float* out,
+void weigh(const char* const* rows, int64_t count, int64_t ahead, int64_t begin, int64_t d, const float* p, float* out,
            int64_t out_row) {
   F32 sums[M][C];
 #pragma GCC unroll 4
@@ -149,6 +150,7 @@ void weigh(const char* const* rows, int64_t count, int64_t begin, int64_t d, con
   }
   for (int64_t r = 0; r < count; ++r) {
     const T* row = reinterpret_cast<const T*>(rows[r]) + begin;
+    if (r < ahead) ask_for(rows[r + kAhead] + begin * sizeof(T), C * kWidth * static_cast<int64_t>(sizeof(T)));
     F32 part[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) part[c] = C > 1 ? load(row + c * kWidth) : load_part(row, d - begin);
@@ -172,15 +174,15 @@ void weigh_all(PointedRows values, int64_t d, int64_t m, const float* p, float* 
   constexpr int C = kSums / kAtOnce;
   for (int64_t i = 0; i < values.count; i += kBlock) {
     const int64_t n = values.count - i < kBlock ? values.count - i : kBlock;
-    for (int64_t r = 0; r < kBlock; ++r) ask_for<T>(values.row, i + r + kBlock, values.count, d);
     for (int64_t v = 0; v < m; v += kAtOnce) {
       with_vectors(m - v, [&]<int M>() {
         int64_t c = 0;
         for (; c + C * kWidth <= d; c += C * kWidth) {
-          weigh<M, C, T>(values.row + i, n, c, d, p + v * kSplit + i, out + v * out_row, out_row);
+          weigh<M, C, T>(values.row + i, n, v ? 0 : values.count - i - kAhead, c, d, p + v * kSplit + i,
+                         out + v * out_row, out_row);
         }
         for (; c < d; c += kWidth) {
-          weigh<M, 1, T>(values.row + i, n, c, d, p + v * kSplit + i, out + v * out_row, out_row);
+          weigh<M, 1, T>(values.row + i, n, 0, c, d, p + v * kSplit + i, out + v * out_row, out_row);
         }
       });
     }
@@ -196,7 +198,9 @@ void few(bool pairs, DType dtype, PointedRows keys, PointedRows values, int64_t 
   }
   visit_words(dtype, pairs, [&]<class T, bool Pairs>() {
     all_dots<Pairs, T>(keys, d, query, query_row, m, logits);
-    for (int64_t i = 0; i < kAhead; ++i) ask_for<T>(values.row, i, values.count, d);
+    for (int64_t i = 0; i < kAhead && i < values.count; ++i) {
+      ask_for(values.row[i], d * static_cast<int64_t>(sizeof(T)));
+    }
     for (int64_t v = 0; v < m; ++v) soften(logits + v * kSplit, keys.count, seen[v], rule, stats + v * stats_row);
     weigh_all<T>(values, d, m, logits, out, out_row);
   });
