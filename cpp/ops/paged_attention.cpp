@@ -134,14 +134,22 @@ void append(const Problem& p) {
 // always counts as few, as there are no others to share panels with.
 bool is_few(int64_t rows, int64_t groups) { return rows == 1 || rows * groups <= kMostFew; }
 
-Plan plan_of(const Problem& p) {
+// Vectors of a tile, whole rows of them where they fit: many, as keys are packed once for each tile; fewer where there are
+// more threads than that makes work for. What a vector gets does not depend on it.
+int64_t tile_of(const Problem& p, int64_t threads) {
+  int64_t tile = kTile;
+  while (tile > 96 && threads > 1 && p.query.size(0) * p.heads < 4 * threads * tile) tile /= 2;
+  return p.groups > tile ? kTile : tile / p.groups * p.groups;
+}
+
+Plan plan_of(const Problem& p, int64_t threads) {
   Plan plan;
   plan.parts.resize(p.query.size(0) * p.heads);
-  const int64_t tile = std::max<int64_t>(1, kTile / p.groups) * p.groups;
+  const int64_t tile = tile_of(p, threads);
   for (int64_t b = 0; b < p.sequences(); ++b) {
     const int64_t vectors = p.rows(b) * p.groups;
     const bool few = is_few(p.rows(b), p.groups);
-    const int64_t step = few ? kMostFew : std::min(tile, kTile);
+    const int64_t step = few ? kMostFew : tile;
     for (int64_t g = 0; g < p.key_heads(); ++g) {
       for (int64_t first = 0; first < vectors; first += step) {
         const int64_t count = std::min(step, vectors - first);
@@ -334,7 +342,7 @@ void paged_attention(Tensor query, Tensor keys, Tensor values, Tensor key_table,
          "Ask paged_attention_bytes.");
   }
   append(p);
-  const Plan plan = plan_of(p);
+  const Plan plan = plan_of(p, threads);
   Arena arena{workspace.ptr<char>()};
   const Scratch scratch(arena, query, keys, key_table, threads);
   compute(p, plan, scratch, threads);

@@ -232,6 +232,13 @@ void pack_across(bool pairs, DType dtype, PointedRows rows, int64_t d, int64_t l
       uint32_t* to = out + i0 / lanes * lanes * steps + i0 % lanes;
       for (int64_t c = 0; c < d; c += columns, to += 16 * lanes) {
         const int64_t n = d - c < columns ? d - c : columns, here = Pairs ? (n + 1) / 2 : n;
+        const auto put = [&](int step, const auto& across) {
+          if (step < here) put_words(to + step * lanes, across);
+        };
+        if (Pairs && n == 32 && i0 + 16 <= rows.count) {
+          transpose([&](int i) { return reinterpret_cast<const uint32_t*>(rows.row[i0 + i] + 2 * c); }, put);
+          continue;
+        }
         alignas(64) uint32_t words[16][16];
         for (int64_t i = 0; i < 16; ++i) {
           if (i0 + i < rows.count) {
@@ -240,10 +247,7 @@ void pack_across(bool pairs, DType dtype, PointedRows rows, int64_t d, int64_t l
             __builtin_memset(words[i], 0, 64);
           }
         }
-        transpose([&](int i) { return words[i]; },
-                  [&](int step, const auto& across) {
-                    if (step < here) put_words(to + step * lanes, across);
-                  });
+        transpose([&](int i) { return words[i]; }, put);
       }
     }
   });
