@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The largest eigenvectors of Gram matrices: the middle of kv_factorize, in torch's own linear algebra.
 
-Small matrices are decomposed whole. Of large ones a random subspace, somewhat wider than asked for, is multiplied by the
-matrix and made orthonormal again until the energy that it holds settles. Directions whose share of the energy is below
-what sums in float32 resolve are noise, and so is the order among them.
+Small matrices are decomposed whole. Of large ones a random subspace, somewhat wider than asked for, is multiplied by
+the matrix and made orthonormal again until the energy that it holds settles. Directions whose share of the energy is
+below what sums in float32 resolve are noise, and so is the order among them.
 """
 
 from __future__ import annotations
