@@ -121,8 +121,8 @@ class Rows:
     def _step(self, tokens, new, first, real, before, after, unshare, counts, device) -> Step:
         old, chunk = self.step, self.chunk
         tails = [n - c * chunk for n, c in zip(self.length, counts)]
-        if (old is not None and tokens == old.tokens == 1 and real is None and not (before or old.after)
-                and old.real is None):  # fmt: skip
+        usual = old is not None and tokens == old.tokens == 1 and real is None and old.real is None
+        if usual and not (before or unshare or old.after):
             old.length.add_(1)  # no new tensors, and nothing to copy to the device, in the usual step
             return Step(1, new, False, None, None, None, before, after, unshare, counts, old.count, old.source,
                         old.length, max(tails))  # fmt: skip
