@@ -42,6 +42,7 @@ MODELS = {  # name -> (config class, what is special)
     "gemma2-softcap": ("Gemma2", MIXED),
     "gemma3-two-ropes": ("Gemma3Text", MIXED),
     "exaone4-without-rope": ("Exaone4", MIXED),
+    "jetmoe-repeated-keys": ("JetMoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 16}),
     "qwen3-moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2}),
 }  # fmt: skip
 

@@ -107,8 +107,8 @@ class ShadowCache(Cache):
         """(key heads, head size) of a layer, by the model's config: their product is the width of its keys."""
         text = config.get_text_config(decoder=True).per_layer_config[layer]
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return heads, dim
+        dim = getattr(text, "head_dim", None) or getattr(text, "kv_channels", None)  # JetMoE's name
+        return heads, dim or text.hidden_size // text.num_attention_heads
 
     @property
     def shadow_layers(self) -> list[ShadowLayer]:

@@ -38,6 +38,7 @@ class ShadowLayer(SelfAttendingLayer):
 
     def reset(self) -> None:
         self.columns = 0
+        self.entered: Step | None = None  # the forward that it attends in, or did last
         self.is_initialized = self.waiting = False
         self.store: Store | None = None
         self.resident = self.kept = self.fixed = self.slots = self.slot_values = self.fold_error = None

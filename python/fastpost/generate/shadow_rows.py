@@ -16,7 +16,7 @@ WHO = "ShadowCache"
 FOLD = 8  # chunks that are folded at a time: the ops cost the same for one
 
 
-@dataclass
+@dataclass(eq=False)
 class Step:
     """One forward: T new columns for B rows, of which row b has new[b] real tokens."""
 
@@ -70,11 +70,12 @@ class Rows:
                 )
             self.step = self._plan(batch, tokens, padding, position_ids, like)
             self.columns += tokens
-        elif self.step is None or layer.columns + tokens != self.columns or tokens != self.step.tokens:
+        elif self.step in (None, layer.entered) or (layer.columns + tokens, tokens) != (self.columns, self.step.tokens):
             raise ValueError(
                 f"[{WHO}] layer {layer.index} has {layer.columns} tokens and got {tokens} more where the others have "
                 f"{self.columns}: a forward was interrupted. Call reset()."
             )
+        layer.entered = self.step
         return self.step
 
     def _plan(self, batch: int, tokens: int, padding, position_ids, like: torch.Tensor) -> Step:
