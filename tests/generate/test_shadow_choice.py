@@ -36,7 +36,7 @@ def test_chosen_chunks_are_the_best_by_brute_force(monkeypatch):
     keys = small.cache(model, dense_below=10**6)
     with pytest.warns(UserWarning, match="kept dense"):
         small.run(model, keys, ids, prompt=100)
-    (query, _, options), found = calls[0]  # layer 0, first new token: what it saw does not depend on the cache
+    (query, _, _), found = calls[0]  # layer 0, first new token: what it saw does not depend on the cache
     landmark = keys.shadow_layers[0].tail_keys[:, :, :88].unflatten(2, (11, 8)).mean(3)
     logits = torch.einsum("bgqd,bgcd->bgqc", query.unflatten(1, (2, 2)), landmark) / 4
     kept = cache.shadow_layers[0].kept.long()

@@ -92,8 +92,8 @@ class ShadowCache(Cache):
             r = max(1, round(width * SHARE)) if rank is None else rank
             if not 1 <= r <= width:
                 raise ValueError(
-                    f"[{WHO}] rank: expected 1 to {width}, the width of the keys of layer {index} ({heads} key heads of "
-                    f"{dim}), got {rank}. rank=None takes {max(1, round(width * SHARE))}, ShadowKV's proportion."
+                    f"[{WHO}] rank: expected 1 to {width}, the width of the keys of layer {index} ({heads} key heads "
+                    f"of {dim}), got {rank}. rank=None takes {max(1, round(width * SHARE))}, ShadowKV's proportion."
                 )
             sizes = Sizes(heads, dim, r, budget // chunk, chunk, local, outliers, bits, value_bits,
                           generated == "fold", rotates(text, index))  # fmt: skip
@@ -177,13 +177,11 @@ class ShadowCache(Cache):
     # ---- fewer tokens ----
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take off the last tokens (a negative number, as in transformers) of all rows. In the dense tail that leaves no
-        trace. Below it the prompt is cut at a chunk, and the tokens of the last, partial chunk come back as dense ones,
-        with the keys that their factors make."""
+        """Take off the last tokens (a negative number, as in transformers) of all rows. In the dense tail that leaves
+        no trace. Below it the prompt is cut at a chunk, and the tokens of the last, partial chunk come back as dense
+        ones, with the keys that their factors make."""
         if tokens_to_remove > 0:
-            raise ValueError(
-                f"[{WHO}] crop: expected minus the number of tokens to take off, got {tokens_to_remove}."
-            )
+            raise ValueError(f"[{WHO}] crop: expected minus the number of tokens to take off, got {tokens_to_remove}.")
         columns, old = self.rows.columns, list(self.rows.counts)
         if tokens_to_remove and -tokens_to_remove >= columns:
             self.reset()

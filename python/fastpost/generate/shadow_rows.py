@@ -85,8 +85,8 @@ class Rows:
             self.source, self.prompts = list(range(batch)), batch
         if batch != len(self.length):
             raise ValueError(
-                f"[{WHO}] batch: expected {len(self.length)} rows, which the cache holds, got {batch}. Call reset(), or "
-                "batch_repeat_interleave, batch_select_indices or fork for other rows."
+                f"[{WHO}] batch: expected {len(self.length)} rows, which the cache holds, got {batch}. Call reset(), "
+                "or batch_repeat_interleave, batch_select_indices or fork for other rows."
             )
         real = self._real(tokens, padding, like)
         new = [tokens] * batch if real is None else real.sum(1).tolist()

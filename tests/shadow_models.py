@@ -48,7 +48,8 @@ MODELS = {  # name -> (config class, what is special)
 
 
 def model(name: str = "llama", **overrides):
-    """Two layers, hidden 64, four query and two key heads of 16, float32; weights so large that heads look at little."""
+    """Two layers, hidden 64, four query and two key heads of 16, float32; weights so large that heads look at
+    little."""
     kind, special = MODELS[name]
     options = dict(
         vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
