@@ -4,10 +4,10 @@
 import random
 
 import pytest
-import tiny
 import torch
 from prompts import greedy, unequal
 
+import tiny
 from fastpost import linear_logprob
 from fastpost.generate import Engine, Request, Sampling
 from fastpost.hf.cached_attention import NAME

@@ -4,10 +4,10 @@
 import random
 
 import pytest
-import tiny
 import torch
 from prompts import greedy, unequal
 
+import tiny
 from fastpost.generate import Engine, Request, Sampling
 
 PROMPTS = unequal(6)
@@ -128,7 +128,9 @@ def test_extending_is_as_if_the_tokens_had_been_sampled(engine, model):
     begun = list(handle.token_ids)
     engine.extend(handle, [50, 60, 70, 80, 90])
     finish(engine, handle)
-    assert handle.token_ids == begun + [50, 60, 70, 80, 90] + greedy(model, [*PROMPTS[3], *begun, 50, 60, 70, 80, 90], 12)
+    assert handle.token_ids == begun + [50, 60, 70, 80, 90] + greedy(
+        model, [*PROMPTS[3], *begun, 50, 60, 70, 80, 90], 12
+    )
     assert handle.completion().logprobs[3:8] == [None] * 5
 
 
@@ -163,20 +165,19 @@ def test_a_probe_leaves_the_continuation_bit_for_bit(model):
 
 
 @pytest.mark.parametrize("state", ["waiting", "in its prompt", "running", "finished"])
-def test_a_probe_is_the_models_next_token(engine, model, state):
-    prompt, probe = PROMPTS[0] * 12, [40, 41, 42]
-    (handle,) = engine.submit(Request(prompt, Sampling(max_new_tokens=7, ignore_eos=True)))
-    assert len(prompt) > 512
-    model.config.max_position_embeddings = 512
-    engine.max_length = 2048
-    steps(engine, {"waiting": 0, "in its prompt": 1, "running": 5, "finished": 40}[state])
-    assert (handle.finish_reason is not None) == (state == "finished")
-    got = engine.probe(handle, probe)
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_probe_is_the_models_next_token(model, state, keep):
+    prompt, probe = PROMPTS[0] * 4, [40, 41, 42]
+    with Engine(model, None, page=4, pages=200, prefill_tokens=32, reuse_prefix=keep) as engine:
+        (handle,) = engine.submit(Request(prompt, Sampling(max_new_tokens=7, ignore_eos=True)))
+        pieces = -(-len(prompt) // 32)
+        steps(engine, {"waiting": 0, "in its prompt": 2, "running": pieces + 3, "finished": pieces + 6}[state])
+        assert (handle.finish_reason is not None) == (state == "finished")
+        got = engine.probe(handle, probe)
+        assert torch.equal(engine.probe([handle], probe, [5, 9])[0], got[[5, 9]])
     with torch.no_grad():
         want = model(torch.tensor([prompt + handle.token_ids + probe])).logits[0, -1].log_softmax(-1)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    assert torch.equal(engine.probe(handle, probe, [5, 9]), got[[5, 9]])
-    assert torch.equal(engine.probe([handle], probe)[0], got)
 
 
 def test_probes_of_many_are_those_of_each(engine):
@@ -249,7 +250,7 @@ def test_ended_sequences_are_not_rolled_back_nor_extended(engine):
         engine.rollback(handle, 3)
     with pytest.raises(ValueError, match="max_new_tokens: expected more than the 4 tokens"):
         engine.extend(handle, [5, 6])
-    with pytest.raises(ValueError, match=r"extend: expected token ids in \[0, 320\), got \[320\]"):
+    with pytest.raises(ValueError, match=r"extend: expected token ids in \[0, 320\), got 320"):
         engine.extend(handle, [320])
 
 
@@ -257,7 +258,7 @@ def test_ten_thousand_requests_with_random_ends_leak_nothing():
     """Cancels, forks, rollbacks and probes at random, on few pages."""
     model = tiny.model(layers=1)
     draw = random.Random(0)
-    with Engine(model, None, page=4, pages=40, max_batch=24, prefill_tokens=64) as engine:
+    with Engine(model, None, page=4, pages=24, max_batch=24, prefill_tokens=64) as engine:
         alive, ended, made, submitted = {}, 0, 0, 0
         while submitted < 10_000 or engine._schedule:
             while submitted < 10_000 and engine.waiting < 30:
@@ -266,7 +267,7 @@ def test_ten_thousand_requests_with_random_ends_leak_nothing():
                 handles = engine.submit(Request(prompt, s, id=submitted))
                 alive |= {id(h): h for h in handles}
                 submitted, made = submitted + 1, made + len(handles)
-            for h in draw.sample(list(alive.values()), min(len(alive), 12)):
+            for h in draw.sample(list(alive.values()), min(len(alive), 4)):
                 engine.cancel(h)
             running = [h for h in engine._schedule.running if h.token_ids]
             if running and draw.random() < 0.3:
@@ -280,11 +281,10 @@ def test_ten_thousand_requests_with_random_ends_leak_nothing():
                     engine.rollback(h, draw.randint(0, len(h.token_ids)))
                 elif engine.pages.available > 6:
                     engine.probe(h, [3, 4])
-            for c in engine.step():
-                ended += 1
+            ended += len(engine.step())
             alive = {key: h for key, h in alive.items() if h.finish_reason is None}
         stats = engine.stats()
         assert ended == made == stats["finished"] + stats["cancelled"]
         assert stats["cancelled"] > 1000 and stats["preempted"] > 100 and stats["finished"] > 2000
         assert engine.pages.used == 0 and set(engine.pages.references) == {0}
-        assert engine.pages.available == 40 and not alive
+        assert engine.pages.available == 24 and not alive

@@ -4,8 +4,8 @@
 import random
 
 import pytest
-import tiny
 
+import tiny
 from fastpost.generate import Engine, Request, Sampling
 from fastpost.generate.text import Text
 
