@@ -116,8 +116,7 @@ class Endpoint:
         """Yield answers as they arrive, the n of a request together. Requests are taken from the iterable when there
         is room, in the caller's thread. Raises EndpointError when the server is of no use; what had arrived has been
         yielded then, and what was under way is dropped."""
-        if self.model is None:
-            self.model = self._only_model()
+        self.find_model()
         work, results, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
         workers = []
         numbered = iter(requests)
@@ -162,6 +161,12 @@ class Endpoint:
         for completion in self.run(requests):
             numbered[completion.id].append(completion)
         return list(numbered.values())
+
+    def find_model(self) -> str:
+        """The model's name. Asks the server where none was given; ValueError when it has several."""
+        if self.model is None:
+            self.model = self._only_model()
+        return self.model
 
     def _only_model(self) -> str:
         line = _Line(self, threading.Event())
@@ -214,6 +219,7 @@ class Endpoint:
                 body["logprobs"] = max(1, how.logprobs)  # 0 is taken for "none" by some servers
         if request.stream is not None:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
+        body |= getattr(request, "extra", {})
         return "/chat/completions" if chat else "/completions", body
 
     def _persist(self, line: _Line, method: str, path: str, body: bytes | None, parse: Callable, seen=(False,)):

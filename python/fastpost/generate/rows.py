@@ -19,10 +19,10 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fastpost.generate.request import Sampling
+from fastpost.generate.request import Completion, Request, Sampling
 
 try:
     import fcntl
@@ -55,16 +55,16 @@ class Row:
     system: str | None = None
 
 
-def read(path: str | Path, limit: int | None = None, added: tuple[str, ...] = ()) -> Iterator[Row]:
-    """The rows of a .jsonl file, the first `limit` of them. Raises ValueError naming file and line for a broken row,
-    and for one that has a column of `added` already."""
+def read(path: str | Path, limit: int | None = None, added: tuple[str, ...] = (), *, begin: int = 0) -> Iterator[Row]:
+    """The rows of a .jsonl file, the first `limit` of them, counted from `begin`. Raises ValueError naming file and line for
+    a broken row, and for one that has a column of `added` already."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: expected a .jsonl file of prompts, got no such file. Check the path of --file.")
-    index = 0
+    index, end = begin, None if limit is None else begin + limit
     with open(path, "rb") as stream:
         for line, data in enumerate(stream, 1):
-            if limit is not None and index >= limit:
+            if end is not None and index >= end:
                 return
             if data.strip():
                 yield parse(data, index, line, f"{path}:{line}", added)
@@ -98,9 +98,8 @@ def parse(data: bytes, index: int, line: int, where: str, added: tuple[str, ...]
         try:
             own[field_name] = getattr(Sampling(**{field_name: value}), field_name)
         except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{where}: column '{name}', which overrides the command's option: {str(error).partition(': ')[2]}"
-            ) from None
+            words = str(error).partition(": ")[2] or f"expected a string or a list of them, got {value!r}. Correct it."
+            raise ValueError(f"{where}: column '{name}', which overrides the command's option: {words}") from None
     system = values.get("system")
     if system is not None and not isinstance(system, str):
         raise ValueError(
@@ -111,8 +110,6 @@ def parse(data: bytes, index: int, line: int, where: str, added: tuple[str, ...]
 
 def _check_prompt(prompt, where: str) -> None:
     if isinstance(prompt, str):
-        if not prompt:
-            raise ValueError(f"{where}: column 'prompt': expected text, got an empty string. Write one, or remove it.")
         return
     chat = isinstance(prompt, list) and prompt and all(isinstance(message, dict) for message in prompt)
     if not chat:
@@ -126,6 +123,26 @@ def _check_prompt(prompt, where: str) -> None:
                 f"{where}: prompt[{i}]: expected {{'role', 'content'}}, got keys {', '.join(message) or '(none)'}. "
                 "Rename them."
             )
+
+
+def answer(run: Callable, rows: Iterable[Row], request: Callable) -> Iterator[tuple[Row, list[Completion]]]:
+    """Each row with its answers, as they get finished. run: of Engine, Endpoint or OneByOne; request(row) makes a
+    Request, or None for a row that is left out."""
+    waiting: dict[int, tuple[Row, int, list[Completion]]] = {}
+
+    def requests() -> Iterator[Request]:
+        for row in rows:
+            made = request(row)
+            if made is not None:
+                waiting[row.index] = (row, made.sampling.n, [])
+                yield replace(made, id=row.index)  # a number that stays, so that the draws do
+
+    for completion in run(requests()):
+        row, n, found = waiting[completion.id]
+        found.append(completion)
+        if len(found) == n:
+            del waiting[completion.id]
+            yield row, sorted(found, key=lambda c: c.index)
 
 
 class Output:
@@ -182,9 +199,10 @@ class Output:
                 continue
             left.discard(row.line)
             if self.done[row.line] != digest(row.values):
+                source = row.where.rpartition(":")[0] or "these prompts"
                 raise ValueError(
-                    f"{self.name}: expected the rows of {row.where.rpartition(':')[0]}, got answers to another line "
-                    f"{row.line}. If the input was edited, name another --out, or --overwrite."
+                    f"{self.name}: expected answers to the rows of {source}, got them to another line {row.line}. If "
+                    "the input was edited, name another --out, or --overwrite."
                 )
         if whole and left:
             raise ValueError(
