@@ -201,9 +201,7 @@ def to_file(args, source: Callable, total: int, added: tuple[str, ...], say: Cal
         rate = f"; {new} tokens, {new / seconds:.0f} tokens/s" if new else ""
         print(f"{args.out}: {total - left + len(out.done) - there} rows{already}{rate}")
     if failures.count:
-        say(
-            f"{failures.count} rows failed, as said above, and are not in {args.out}. The same command tries them again."
-        )
+        say(f"{failures.count} rows failed (see above) and are not in {args.out}. The same command tries them again.")
     return 1 if failures.count else 0
 
 

@@ -41,6 +41,8 @@ WRONG = 3
 AGAIN = (408, 425, 429)
 NOBODY = (401, 403, 404, 405)
 """Statuses that every other request would get as well."""
+UNSAID_S = 1.0
+"""Seconds of failures only that are not worth a word."""
 CONNECT_S = 30.0
 """Seconds for making a connection."""
 
@@ -99,6 +101,7 @@ class Endpoint:
             self._headers["Authorization"] = f"Bearer {key}"
         self._lock = threading.Lock()
         self._last_success = self._lost = None  # times
+        self._told = False  # that it is lost
         self._stats = {"requests": 0, "finished": 0, "failed": 0, "retries": 0, "prompt_tokens": 0, "new_tokens": 0}
 
     def __enter__(self) -> Endpoint:
@@ -228,13 +231,14 @@ class Endpoint:
         first = None  # when this request failed for the first time
         tries, attempt = {"busy": 0, "failed": 0, "wrong": 0}, 0
         while True:
+            began = time.monotonic()
             try:
                 self._count(requests=1)
                 found = line.ask(method, self._path + path, body, parse)
-                self._found()
+                self._found(began)
                 return found
             except Refused:
-                self._found()
+                self._found(began)
                 raise
             except _Attempt as error:
                 failure = error
@@ -270,18 +274,25 @@ class Endpoint:
             for name, value in more.items():
                 self._stats[name] += value
 
-    def _found(self) -> None:
+    def _found(self, began: float) -> None:
+        """The server answered what it was asked at `began`."""
         with self._lock:
-            now, lost = time.monotonic(), self._lost
-            self._last_success, self._lost = now, None
-        if lost is not None and now - lost > 1:
+            now, lost, told = time.monotonic(), self._lost, self._told
+            self._last_success = now
+            if lost is None or began < lost:  # on its way when the others failed: says nothing about now
+                return
+            self._lost, self._told = None, False
+        if told:
             self._say(f"{self.url}: answers again after {now - lost:.0f} s")
 
     def _failure(self, text: str) -> None:
         with self._lock:
-            before, self._lost = self._lost, self._lost or time.monotonic()
-        if before is None:
-            self._say(f"{self.url}: {text}; trying again")
+            now = time.monotonic()
+            self._lost = now if self._lost is None else self._lost
+            if self._told or now - self._lost < UNSAID_S:
+                return
+            self._told = True
+        self._say(f"{self.url}: {text}; trying again for up to {self.patience:.0f} s")
 
 
 class Refused(Exception):

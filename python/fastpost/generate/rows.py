@@ -56,8 +56,8 @@ class Row:
 
 
 def read(path: str | Path, limit: int | None = None, added: tuple[str, ...] = (), *, begin: int = 0) -> Iterator[Row]:
-    """The rows of a .jsonl file, the first `limit` of them, counted from `begin`. Raises ValueError naming file and line for
-    a broken row, and for one that has a column of `added` already."""
+    """The rows of a .jsonl file, the first `limit` of them, counted from `begin`. Raises ValueError naming file and
+    line for a broken row, and for one that has a column of `added` already."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: expected a .jsonl file of prompts, got no such file. Check the path of --file.")
