@@ -59,7 +59,7 @@ def test_messages_strings_and_ids_go_where_they_belong(stub):
 def test_options_are_passed_on_and_defaults_left_out(stub):
     how = Sampling(max_new_tokens=7, temperature=0.5, top_p=0.9, top_k=40, min_p=0.1, repetition_penalty=1.1, n=3,
                    stop=("END", "\n\n"), seed=3, logprobs=0)  # fmt: skip
-    endpoint = Endpoint(stub.url, "m")
+    endpoint = Endpoint(stub.url, "m", concurrency=1)
     first, second, third = endpoint.generate([Request("p0", how)])[0]
     (body,) = stub.bodies
     seed = body.pop("seed")
