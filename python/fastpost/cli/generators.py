@@ -125,6 +125,7 @@ def open_model(args, failed: Callable[[Row, str], None], say: Callable[[str], No
 def _engine(args, model, tokenizer, say: Callable[[str], None]):
     from fastpost.generate.engine import Engine
     from fastpost.generate.one_by_one import OneByOne
+    from fastpost.generate.paged_cache import UnsupportedModel
 
     if args.kv == "shadow":
         from fastpost import ShadowCache
@@ -134,8 +135,8 @@ def _engine(args, model, tokenizer, say: Callable[[str], None]):
         )
     try:
         return Engine(model, tokenizer, max_batch=args.batch or 32)
-    except (ValueError, NotImplementedError) as error:
-        say(f"one prompt after the other, through transformers' generate: {error}")
+    except UnsupportedModel as error:
+        say(f"{error} Prompts go through transformers' generate, one at a time.")
         return OneByOne(model, tokenizer)
 
 

@@ -19,7 +19,7 @@ from fastpost.generate.handle import Handle
 from fastpost.generate.pages import Pages
 from fastpost.generate.request import Completion, Request, Sampling
 from fastpost.generate.schedule import Part, Scheduler
-from fastpost.generate.takeover import Takeover, end_tokens, free_memory, longest
+from fastpost.generate.takeover import Takeover, end_tokens, longest, pages_for
 
 LENGTH = 2048
 """Tokens of a sequence for which the cache has room when nobody says how large it should be."""
@@ -35,7 +35,7 @@ class Engine:
         tokenizer: for text and stop strings; None: token ids only.
         page: positions of a page.
         pages: pages of the cache; or memory: bytes for them. Neither: what max_batch sequences of 2048 tokens need, at
-            most a quarter of what memory is free.
+            most a quarter of the free memory; or what the model's longest needs, at most three quarters.
         max_batch: sequences that run at once.
         prefill_tokens: at most so many prompt tokens in a step, beside the running sequences' own.
         reuse_prefix: keep the pages of finished sequences for requests that begin alike, until they are needed.
@@ -56,6 +56,7 @@ class Engine:
         self.max_length = longest(model)
         self.vocab = model.get_input_embeddings().weight.shape[0]
         self._takeover = Takeover(model)
+        self._takeover.apply()
         try:
             with torch.no_grad():
                 shapes = paged_cache.record(model)
@@ -63,8 +64,8 @@ class Engine:
             if memory is not None:
                 pages = memory // bytes_of_page
             elif pages is None:
-                pages = max_batch * -(-min(LENGTH, self.max_length) // page)
-                pages = max(1, min(pages, free_memory(self.device) // 4 // bytes_of_page))
+                usual = min(LENGTH, self.max_length)
+                pages = pages_for(self.device, bytes_of_page, page, max_batch, usual, self.max_length)
             if pages < 1:
                 raise ValueError(
                     f"[Engine] {'pages' if memory is None else 'memory'}: expected room for a page of {bytes_of_page} "
@@ -76,6 +77,7 @@ class Engine:
             raise
         self.pages = Pages(pages, page, keep=reuse_prefix)
         self._schedule = Scheduler(self.pages, max_batch, prefill_tokens)
+        self.max_batch = max_batch
         self._arrivals = itertools.count()
         self._indices: dict[int, itertools.count] = {}  # of arrival: the next free index
         self._ended: list[Handle] = []
@@ -117,7 +119,7 @@ class Engine:
         requests = iter(requests)
         more = True
         while True:
-            while more and len(self._schedule.waiting) < max(2, self._schedule.max_batch // 2):
+            while more and self.waiting < max(2, self.max_batch // 2):
                 request = next(requests, None)
                 if request is None:
                     more = False
@@ -450,6 +452,19 @@ class Engine:
             "pages_kept": self.pages.kept, "pages_peak": self.pages.peak, "forward_seconds": self._forward_seconds,
             "seconds": self._seconds,
         }  # fmt: skip
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that have no place in the batch yet."""
+        return len(self._schedule.waiting)
+
+    def pause(self) -> None:
+        """Put the model back as it was, with everything kept for resume(); call nothing else in between."""
+        self._takeover.undo()
+
+    def resume(self) -> None:
+        self._expect_open()
+        self._takeover.apply()
 
     def close(self) -> None:
         """Free the cache and put the model back as it was. What still runs is lost."""

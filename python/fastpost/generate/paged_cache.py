@@ -13,6 +13,10 @@ from fastpost.hf.cached_attention import CachedLength, SelfAttendingLayer
 from fastpost.ops.paged_attention import paged_attention
 
 
+class UnsupportedModel(ValueError):
+    """A model whose attention is not a paged cache's business."""
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """What a layer keeps of a token: `heads` keys and values of `dim`."""
@@ -64,7 +68,7 @@ class _Recorder(_Layer):
 
     def attend(self, query, key, value, padding, *, scaling, softcap, window, position_ids):
         if key.shape != value.shape or key.shape[3] != query.shape[3]:
-            raise ValueError(
+            raise UnsupportedModel(
                 f"[Engine] model: expected keys, values and queries of one head size, got {list(key.shape)}, "
                 f"{list(value.shape)} and {list(query.shape)}. Use the model's own generate()."
             )
@@ -116,12 +120,12 @@ class PagedCache(Cache):
 
 def record(model) -> list[LayerShape]:
     """What each layer of the model keeps, by a forward of one token. The model must attend through cached_attention.
-    Raises ValueError for a model whose attention is not a paged cache's business."""
+    Raises UnsupportedModel."""
     text = model.config.get_text_config()
     name = type(model).__name__
     kinds = {*(getattr(text, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
     if kinds:
-        raise ValueError(
+        raise UnsupportedModel(
             f"[Engine] model: expected layers of full or sliding-window attention, got {name} with "
             f"{', '.join(sorted(kinds))}. Use the model's own generate()."
         )
@@ -129,7 +133,7 @@ def record(model) -> list[LayerShape]:
     ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     model(input_ids=ids, position_ids=ids, past_key_values=cache, use_cache=True)
     if any(layer.shape is None for layer in cache.layers):
-        raise ValueError(
+        raise UnsupportedModel(
             f"[Engine] model: {name} does not attend through its cache in layer "
             f"{next(i for i, layer in enumerate(cache.layers) if layer.shape is None)} ('{cached_attention.NAME}' was "
             "not called with the cache's keys). Use the model's own generate()."
