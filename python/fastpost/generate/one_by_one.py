@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from fastpost.generate.request import Completion, Piece, Request, Sampling
+from fastpost.generate.takeover import end_tokens
+from fastpost.generate.text import Text
 
 
 class OneByOne:
@@ -18,9 +20,7 @@ class OneByOne:
         self.model, self.tokenizer, self.cache = model, tokenizer, cache
         pad = tokenizer.pad_token_id
         self._pad = pad if pad is not None else tokenizer.eos_token_id
-        ends = model.generation_config.eos_token_id
-        ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
-        self._ends = sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None})
+        self._ends = sorted(end_tokens(model, tokenizer))
         self._stats = {"finished": 0, "prompt_tokens": 0, "new_tokens": 0}
 
     def __enter__(self) -> OneByOne:
@@ -59,14 +59,14 @@ class OneByOne:
         how, prompt = request.sampling, torch.tensor([request.prompt], device=self.model.device)
         kwargs = _options(how) | {
             "pad_token_id": self._pad,
-            "eos_token_id": sorted(e for e in self._ends if e is not None),
+            "eos_token_id": self._ends or None,
         }
         if how.stop:
             kwargs |= {"stop_strings": list(how.stop), "tokenizer": self.tokenizer}
         if self.cache is not None:
             kwargs["past_key_values"] = self.cache()
         if request.stream is not None:
-            kwargs["streamer"] = _Streamer(self, request, name, index)
+            kwargs["streamer"] = _Streamer(self.tokenizer, request, name, index)
         with torch.random.fork_rng(devices=[self.model.device] if self.model.device.type == "cuda" else []):
             torch.manual_seed(_seed(how.seed, name, index))
             out = self.model.generate(
@@ -74,30 +74,26 @@ class OneByOne:
                 output_logits=how.logprobs is not None, **kwargs,
             )  # fmt: skip
         ids = out.sequences[0, prompt.shape[1] :].tolist()
-        text, stop = cut(self.tokenizer.decode(ids, skip_special_tokens=True), how.stop)
+        said = Text(self.tokenizer, how.stop)
+        said.push(ids, last=True)
+        text, stop = said.text, said.stopped
         reason = "stop" if stop is not None or (ids and ids[-1] in self._ends) else "length"
         values, top = _logprobs(out.logits, ids, how) if how.logprobs is not None else (None, None)
         self._stats["finished"] += 1
         self._stats["prompt_tokens"] += prompt.shape[1]
         self._stats["new_tokens"] += len(ids)
         if request.stream is not None:
-            kwargs["streamer"].last(text, reason)
+            kwargs["streamer"].last(reason)
         return Completion(name, index, prompt.shape[1], ids, text, reason, stop, values, top)
-
-
-def cut(text: str, stops: tuple[str, ...]) -> tuple[str, str | None]:
-    """(text up to the first stop string, that string) or (text, None)."""
-    found = [(at, stop) for stop in stops if (at := text.find(stop)) >= 0]
-    return (text, None) if not found else (text[: min(found)[0]], min(found)[1])
 
 
 def _options(how: Sampling) -> dict:
     """Arguments of model.generate; those that do not apply are put out, for the folder may have others."""
     options = {"max_new_tokens": how.max_new_tokens, "do_sample": how.temperature > 0, "num_return_sequences": 1,
                "temperature": None, "top_p": None, "top_k": None, "min_p": None,
-               "repetition_penalty": how.repetition_penalty if how.repetition_penalty != 1 else None}  # fmt: skip
+               "repetition_penalty": how.repetition_penalty}  # fmt: skip
     if how.temperature > 0:
-        options |= {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k, "min_p": how.min_p or None}
+        options |= {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k, "min_p": how.min_p}
     return options
 
 
@@ -118,35 +114,23 @@ def _seed(seed: int, name, index: int) -> int:
 
 
 class _Streamer:
-    """transformers' streamer: pieces of text as they become certain, that is, without a half character at the end and
-    without what may become a stop string."""
+    """transformers' streamer, which gets the prompt and then one token at a time, for Request.stream."""
 
-    def __init__(self, owner: OneByOne, request: Request, name, index: int):
-        self.owner, self.request, self.name, self.index = owner, request, name, index
-        self.ids: list[int] = []
-        self.sent, self.began = 0, False
+    def __init__(self, tokenizer, request: Request, name, index: int):
+        self._text, self._stream, self._where = Text(tokenizer, request.sampling.stop), request.stream, (name, index)
+        self._prompt = True
 
     def put(self, value) -> None:
-        if not self.began:  # the prompt
-            self.began = True
+        if self._prompt:
+            self._prompt = False
             return
-        self.ids += value.flatten().tolist()
-        text = self.owner.tokenizer.decode(self.ids, skip_special_tokens=True)
-        sure, stop = cut(text, self.request.sampling.stop)
-        if stop is None:
-            held = 1 if text.endswith("�") else 0
-            for word in self.request.sampling.stop:
-                held = max([held] + [k for k in range(1, len(word)) if text.endswith(word[:k])])
-            sure = text[: len(text) - held]
-        self._send(sure, None)
+        ids = value.flatten().tolist()
+        self._text.push(ids)
+        self._stream(Piece(*self._where, tuple(ids), self._text.fresh(), None))
 
     def end(self) -> None:
-        pass
+        """Only `last` knows why."""
 
-    def last(self, text: str, reason: str) -> None:
-        self._send(text, reason)
-
-    def _send(self, text: str, reason) -> None:
-        if len(text) > self.sent or reason:
-            self.request.stream(Piece(self.name, self.index, (), text[self.sent :], reason))
-            self.sent = max(self.sent, len(text))
+    def last(self, reason: str) -> None:
+        self._text.push([], last=True)
+        self._stream(Piece(*self._where, (), self._text.fresh(last=True), reason))
