@@ -89,7 +89,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--kv", choices=("dense", "shadow"), default="dense", help="shadow: low-rank keys and a budget of positions, "
         "for long prompts, one after the other")  # fmt: skip
-    add("--shadow-rank", type=int, default=160, metavar="R", help="rank of the keys (160)")
+    add("--shadow-rank", type=int, metavar="R", help="rank of the keys (160 in 1024 of their width)")
     add("--shadow-budget", type=int, default=2048, metavar="N", help="positions that a token attends to (2048)")
 
     group = parser.add_argument_group("a server in its place", "OPENAI_API_KEY of the environment is its key")
@@ -98,7 +98,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--endpoint-model", metavar="NAME", help="its name there (the only one that is)")
     add("--timeout", type=float, default=600.0, metavar="S", help="seconds without a byte of an answer (600)")
     add("--patience", type=float, default=300.0, metavar="S", help="seconds in which a dead server may come back (300)")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     check(args)
     return args
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -107,13 +108,19 @@ def open_model(args, failed: Callable[[Row, str], None], say: Callable[[str], No
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     model = adapter.load(args.model, dtype, "sdpa", check=False).to(pick_device(args.device))
     how = sampling(args)
-    with _engine(args, model, tokenizer, say) as generator:
+    short: list[str] = []  # the first prompt that --kv shadow does nothing for
+    with _engine(args, model, tokenizer, say) as generator, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"\[ShadowCache\] .* kept dense")  # said here, once
+        dense_below = generator.cache().rows.dense_below if args.kv == "shadow" else 0
 
         def request(row: Row) -> Request | None:
             try:
                 ids = encode(tokenizer, conversation(args, row), **template_arguments(row))
                 made = RowRequest(ids, of_row(how, row), row=row)
                 generator.check(made)
+                if len(ids) < dense_below and not short:
+                    short.append(row.where)
+                    say(f"{row.where}: {len(ids)} tokens: prompts of fewer than {dense_below} stay dense")
                 return made
             except Exception as error:  # a chat template raises what it likes
                 failed(row, str(error))
@@ -130,9 +137,10 @@ def _engine(args, model, tokenizer, say: Callable[[str], None]):
     if args.kv == "shadow":
         from fastpost import ShadowCache
 
-        return OneByOne(
-            model, tokenizer, lambda: ShadowCache(model.config, rank=args.shadow_rank, budget=args.shadow_budget)
-        )
+        def cache() -> ShadowCache:
+            return ShadowCache(model.config, rank=args.shadow_rank, budget=args.shadow_budget)
+
+        return OneByOne(model, tokenizer, cache)
     try:
         return Engine(model, tokenizer, max_batch=args.batch or 32)
     except UnsupportedModel as error:

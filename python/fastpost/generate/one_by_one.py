@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from fastpost.generate.request import Completion, Piece, Request, Sampling
-from fastpost.generate.takeover import end_tokens
+from fastpost.generate.takeover import end_tokens, longest
 from fastpost.generate.text import Text
 
 
@@ -21,6 +21,7 @@ class OneByOne:
         pad = tokenizer.pad_token_id
         self._pad = pad if pad is not None else tokenizer.eos_token_id
         self._ends = sorted(end_tokens(model, tokenizer))
+        self.positions = longest(model)
         self._stats = {"finished": 0, "prompt_tokens": 0, "new_tokens": 0}
 
     def __enter__(self) -> OneByOne:
@@ -35,17 +36,17 @@ class OneByOne:
     def check(self, request: Request) -> None:
         """Raises ValueError when the request cannot run: an empty prompt, too long for the model, or what only Engine
         does."""
-        how, room = request.sampling, getattr(self.model.config, "max_position_embeddings", None)
+        how = request.sampling
         if not request.prompt:
-            raise ValueError("[generate] prompt: expected at least one token, got an empty prompt.")
-        if room is not None and len(request.prompt) + how.max_new_tokens > room:
+            raise ValueError("[OneByOne] prompt: expected at least one token id, got none. Leave the request out.")
+        if len(request.prompt) >= self.positions:
             raise ValueError(
-                f"[generate] prompt: expected prompt and answer within the model's {room} positions, got "
-                f"{len(request.prompt)} + {how.max_new_tokens}. Shorten the prompt or max_new_tokens."
+                f"[OneByOne] prompt: expected fewer than the model's {self.positions} positions, got "
+                f"{len(request.prompt)} tokens. Shorten it."
             )
         if how.ignore_eos or how.logits_callback is not None or how.logprob_of != "model":
             raise ValueError(
-                "[generate] sampling: expected no ignore_eos, logits_callback or logprob_of, which only Engine has."
+                "[OneByOne] sampling: expected no ignore_eos, logits_callback or logprob_of, which only Engine has."
             )
 
     def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
@@ -57,7 +58,9 @@ class OneByOne:
     @torch.no_grad()
     def _answer(self, request: Request, name, index: int) -> Completion:
         how, prompt = request.sampling, torch.tensor([request.prompt], device=self.model.device)
+        room = min(how.max_new_tokens, self.positions - prompt.shape[1])
         kwargs = _options(how) | {
+            "max_new_tokens": room,
             "pad_token_id": self._pad,
             "eos_token_id": self._ends or None,
         }
@@ -89,7 +92,7 @@ class OneByOne:
 
 def _options(how: Sampling) -> dict:
     """Arguments of model.generate; those that do not apply are put out, for the folder may have others."""
-    options = {"max_new_tokens": how.max_new_tokens, "do_sample": how.temperature > 0, "num_return_sequences": 1,
+    options = {"do_sample": how.temperature > 0, "num_return_sequences": 1,
                "temperature": None, "top_p": None, "top_k": None, "min_p": None,
                "repetition_penalty": how.repetition_penalty}  # fmt: skip
     if how.temperature > 0:
