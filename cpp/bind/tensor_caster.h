@@ -49,6 +49,7 @@ inline DType to_dtype(ElementType t) {
     case 2016: return DType::Float16;
     case 64: return DType::Int64;
     case 32: return DType::Int32;
+    case 8: return DType::Int8;
     case 1008: return DType::UInt8;
     case 6008: return DType::Bool;
     default: return DType::Other;

@@ -7,7 +7,7 @@
 
 namespace fastpost {
 
-enum class DType : int8_t { Float32, Float64, BFloat16, Float16, Int64, Int32, UInt8, Bool, Other };
+enum class DType : int8_t { Float32, Float64, BFloat16, Float16, Int64, Int32, UInt8, Int8, Bool, Other };
 
 // 16-bit floats as storage. Arithmetic happens in float32; conversion lives in simd.h (host) and vec.cuh (device).
 struct bfloat16 {
@@ -38,6 +38,7 @@ constexpr const char* name(DType t) {
     case DType::Int64: return "int64";
     case DType::Int32: return "int32";
     case DType::UInt8: return "uint8";
+    case DType::Int8: return "int8";
     case DType::Bool: return "bool";
     default: return "an unsupported dtype";
   }

@@ -20,16 +20,22 @@ inline F32 load_part(const float16* p, int64_t n) {
 inline F32 load_part(const uint8_t* p, int64_t n) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first_of(n), p)))};
 }
+inline F32 load_part(const int8_t* p, int64_t n) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_of(n), p)))};
+}
 #else
 template <class T>
 inline F32 load_part(const T* p, int64_t n) {
   return n >= F32::width ? load(p) : load_tail(p, n, 0.0f);
 }
-inline F32 load_part(const uint8_t* p, int64_t n) {
+template <class Byte>
+inline F32 load_bytes(const Byte* p, int64_t n) {
   float lanes[F32::width];
   for (int i = 0; i < F32::width; ++i) lanes[i] = i < n ? static_cast<float>(p[i]) : 0.0f;
   return load(lanes);
 }
+inline F32 load_part(const uint8_t* p, int64_t n) { return load_bytes(p, n); }
+inline F32 load_part(const int8_t* p, int64_t n) { return load_bytes(p, n); }
 #endif
 
 // Whether two neighbouring bfloat16 are multiplied as one word; other words are float32.

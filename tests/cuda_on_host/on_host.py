@@ -88,6 +88,7 @@ _DTYPES = [
     torch.int64,
     torch.int32,
     torch.uint8,
+    torch.int8,
 ]  # DType's order
 _CUDA = 1
 

@@ -1,6 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text out of a causal LM: greedy or sampled, through transformers' generate."""
+"""Text out of a causal LM: an engine for many requests, and the shortest way to some answers."""
 
-from fastpost.generate.sample import generate
+from fastpost import lazy
 
-__all__ = ["generate"]
+_HOME = {  # public name -> module that defines it
+    "generate": "fastpost.generate.sample",
+    "Completion": "fastpost.generate.request",
+    "Engine": "fastpost.generate.engine",
+    "Handle": "fastpost.generate.handle",
+    "Piece": "fastpost.generate.request",
+    "Request": "fastpost.generate.request",
+    "Sampling": "fastpost.generate.request",
+}
+
+__all__ = [*_HOME]
+
+__getattr__, __dir__ = lazy.names(__name__, _HOME)

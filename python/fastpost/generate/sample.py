@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers to prompts, one at a time, so that an answer never depends on what else was asked."""
+"""Answers to prompts, in order: several at once, by the engine."""
 
 from __future__ import annotations
 
+import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator
 
 import torch
+
+from fastpost.generate.engine import Engine
+from fastpost.generate.paged_cache import UnsupportedModel
+from fastpost.generate.request import Request, Sampling
 
 Prompt = str | list[dict]
 """A user message, or a conversation [{"role": ..., "content": ...}, ...] that ends before the reply."""
 
 
-@torch.no_grad()
 def generate(
     model,
     tokenizer,
@@ -22,39 +27,85 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     samples: int = 1,
+    max_batch: int = 32,
 ) -> Iterator[list[str]]:
     """Yield, for each prompt, its `samples` answers without special tokens.
 
     A string becomes a user message of the tokenizer's chat template when it has one, else plain text to continue.
-    temperature 0 is greedy. Sample j of prompt i is seeded by (seed, i, j) alone. Raises ValueError for options out
-    of range or an empty prompt.
+    temperature 0 is greedy and gives one answer. The random numbers of sample j of prompt i depend on (seed, i, j)
+    alone. At most max_batch answers are under way at once, so prompts are taken before the answers to earlier ones are
+    yielded. Between yields the model is as it was. Raises ValueError for options out of range, an empty prompt, or one
+    too long for the model, after the answers to those before it.
     """
     if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1 or samples < 1:
         raise ValueError(
             "[generate] options: expected temperature >= 0, 0 < top_p <= 1, max_new_tokens >= 1 and samples >= 1, got "
             f"{temperature}, {top_p}, {max_new_tokens} and {samples}."
         )
-    how = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        if temperature
-        else {"do_sample": False}
-    )
-    if not temperature:  # silence transformers about sampling options that come with the folder and do not apply
-        how |= {"temperature": None, "top_p": None, "top_k": None}
+    defaults = getattr(model, "generation_config", None)
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, n=samples if temperature else 1, seed=seed,
+        repetition_penalty=getattr(defaults, "repetition_penalty", None) or 1.0,
+    )  # fmt: skip
+    try:
+        engine = Engine(model, tokenizer, max_batch=max_batch)
+    except UnsupportedModel as error:
+        warnings.warn(f"{error} Prompts go through transformers' generate, one at a time.", stacklevel=2)
+        return _through_transformers(model, tokenizer, prompts, sampling)
+    engine.pause()
+    return _through_engine(engine, prompts, sampling)
+
+
+def _through_engine(engine: Engine, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[list[str]]:
+    tokenizer, numbered, error = engine.tokenizer, enumerate(prompts), None
+    groups: deque = deque()  # the handles of each prompt that has not been yielded
+    with engine:
+        while True:
+            while error is None and engine.waiting < max(2, engine.max_batch // 2):
+                try:
+                    i, prompt = next(numbered)
+                except StopIteration:
+                    break
+                try:
+                    groups.append(engine.submit(Request(_encoded(tokenizer, prompt, i), sampling, id=i)))
+                except ValueError as raised:
+                    error = raised
+            if not groups:
+                break
+            if any(h.finish_reason is None for h in groups[0]):
+                engine.resume()
+                engine.step()
+                continue
+            engine.pause()
+            yield [tokenizer.decode(h.token_ids, skip_special_tokens=True).strip() for h in groups.popleft()]
+    if error is not None:
+        raise error
+
+
+@torch.no_grad()
+def _through_transformers(model, tokenizer, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[list[str]]:
+    """For models that the engine does not take."""
+    how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if sampling.temperature:
+        how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    how |= {"max_new_tokens": sampling.max_new_tokens, "pad_token_id": pad}
     for i, prompt in enumerate(prompts):
-        ids = encode(tokenizer, prompt)
-        if not ids:
-            raise ValueError(f"[generate] prompt {i}: expected at least one token, got an empty prompt.")
+        ids = _encoded(tokenizer, prompt, i)
         inputs = torch.tensor([ids], device=model.device)
         answers = []
-        for j in range(samples if temperature else 1):
-            torch.manual_seed(((seed * 1_000_003 + i) * 1_000_003 + j) % 2**63)
-            out = model.generate(
-                inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, pad_token_id=pad, **how
-            )
+        for j in range(sampling.n):
+            torch.manual_seed(((sampling.seed * 1_000_003 + i) * 1_000_003 + j) % 2**63)
+            out = model.generate(inputs, attention_mask=torch.ones_like(inputs), **how)
             answers.append(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip())
         yield answers
+
+
+def _encoded(tokenizer, prompt: Prompt, i: int) -> list[int]:
+    ids = encode(tokenizer, prompt)
+    if not ids:
+        raise ValueError(f"[generate] prompt {i}: expected at least one token, got an empty prompt.")
+    return ids
 
 
 def encode(tokenizer, prompt: Prompt) -> list[int]:

@@ -11,6 +11,7 @@ the layer's `attend`. With any other cache, or none, it does what "fastpost_pack
 
 from __future__ import annotations
 
+import threading
 from abc import abstractmethod
 
 import torch
@@ -20,6 +21,10 @@ from transformers.cache_utils import CacheLayerMixin
 from fastpost.hf import attention as packed
 
 NAME = "fastpost_cached"
+
+
+_latest = threading.local()
+"""`layer`: the one whose update was the last; for models that make other tensors of the keys before they attend."""
 
 
 class CachedLength(int):
@@ -56,7 +61,7 @@ class SelfAttendingLayer(CacheLayerMixin):
             )
         self.waiting = True
         key = key_states.detach()
-        key.fastpost_layer = self
+        key.fastpost_layer = _latest.layer = self
         return key, value_states
 
     @abstractmethod
@@ -78,7 +83,10 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, v
               attention_mask: torch.Tensor | None, scaling: float | None = None, sliding_window: int | None = None,
               softcap: float | None = None, position_ids: torch.Tensor | None = None, **kwargs):  # fmt: skip
     """As transformers calls it -> (output [B, T, H, d], None)."""
-    layer = getattr(key, "fastpost_layer", None)
+    layer, repeats = getattr(key, "fastpost_layer", None), 1
+    if layer is None and type(module).__name__ == "JetMoeAttention" and getattr(_latest, "layer", None):
+        layer, repeats = _latest.layer, module.top_k
+        layer = layer if layer.waiting else None
     if layer is None:
         return packed.attention(module, query, key, value, attention_mask, scaling=scaling,
                                 sliding_window=sliding_window, softcap=softcap, position_ids=position_ids,
@@ -92,6 +100,12 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, v
             f"[{NAME}] attention_mask: expected a padding mask [B, tokens], got shape {list(attention_mask.shape)}. A "
             "cache that attends by itself is causal and takes no other mask."
         )
+    if repeats > 1:  # JetMoE has repeated its G keys, so that query head h is for key head h % G: they change places
+        batch, heads, rows, dim = query.shape
+        key, value = (t[:, : heads // repeats] for t in (key, value))
+        query = query.view(batch, repeats, -1, rows, dim).transpose(1, 2).reshape(query.shape)
     out = layer.attend(query, key, value, attention_mask, scaling=scaling, softcap=softcap, window=sliding_window,
                        position_ids=position_ids)  # fmt: skip
+    if repeats > 1:
+        out = out.view(batch, rows, -1, repeats, dim).transpose(2, 3).reshape(out.shape)
     return out, None

@@ -4,6 +4,7 @@
 from fastpost import lazy
 
 _HOME = {  # public name -> module that defines it
+    "DecodeLinear": "fastpost.nn.decode_linear",
     "Int4Experts": "fastpost.nn.int4_experts",
     "Int4Linear": "fastpost.nn.int4_linear",
     "MoA": "fastpost.nn.moa",
@@ -11,7 +12,9 @@ _HOME = {  # public name -> module that defines it
     "Router": "fastpost.nn.moe",
     "ShiftedInt4Linear": "fastpost.nn.int4_shifted",
     "quantize_linears": "fastpost.nn.int4_linear",
+    "restore_linear": "fastpost.nn.decode_linear",
     "router_loss": "fastpost.nn.moe",
+    "use_decode_linear": "fastpost.nn.decode_linear",
 }
 
 __all__ = [*_HOME]

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import torch
 
+from fastpost import _core
+from fastpost.ops._register import USE_REFERENCE, expect_plain, may_skip_dispatcher, refuse_grad, register
 from fastpost.reference import kv_reconstruct as reference
 
 
@@ -45,5 +47,38 @@ def kv_reconstruct(
     Raises:
         ValueError: wrong dtype, shape, layout or device; an input that requires grad.
     """
-    reference.kv_reconstruct(u, basis, chunks, keys, scale=scale, cos=cos, sin=sin, source=source, slots=slots,
-                             fresh=fresh, values=values, value_scale=value_scale, value_pool=value_pool)  # fmt: skip
+    if USE_REFERENCE:
+        return reference.kv_reconstruct(u, basis, chunks, keys, scale=scale, cos=cos, sin=sin, source=source, slots=slots,
+                                        fresh=fresh, values=values, value_scale=value_scale, value_pool=value_pool)  # fmt: skip
+    tensors = (u, basis, chunks, keys, scale, cos, sin, source, slots, fresh, values, value_scale, value_pool)
+    if may_skip_dispatcher(*tensors):
+        return _reconstruct(*tensors)
+    named = dict(zip(_NAMES, tensors))
+    elsewhere = {name: named.pop(name) for name in ("values", "value_scale")}
+    expect_plain("kv_reconstruct", **named)
+    expect_plain("kv_reconstruct", **elsewhere)
+    refuse_grad("kv_reconstruct", **named, **elsewhere)
+    _reconstruct_op(*tensors)
+    return None
+
+
+_NAMES = ("u", "basis", "chunks", "keys", "scale", "cos", "sin", "source", "slots", "fresh", "values", "value_scale",
+          "value_pool")  # fmt: skip
+
+
+def _reconstruct(u, basis, chunks, keys, scale, cos, sin, source, slots, fresh, values, value_scale, value_pool):
+    size = _core.kv_reconstruct_bytes(u, basis, torch.get_num_threads())
+    workspace = torch.empty(size, dtype=torch.uint8, device=u.device)
+    _core.kv_reconstruct(u, scale, basis, cos, sin, source, chunks, slots, fresh, values, value_scale, workspace, keys,
+                         value_pool)  # fmt: skip
+
+
+def _reconstruct_fake(*_tensors):
+    return None
+
+
+_reconstruct_op = register(
+    "kv_reconstruct(Tensor u, Tensor basis, Tensor chunks, Tensor(a!) keys, Tensor? scale, Tensor? cos, Tensor? sin, "
+    "Tensor? source, Tensor? slots, Tensor? fresh, Tensor? values, Tensor? value_scale, Tensor(b!)? value_pool) -> ()",
+    _reconstruct, _reconstruct_fake,
+)  # fmt: skip

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastpost import _core
+from fastpost.ops._register import USE_REFERENCE, expect_plain, may_skip_dispatcher, refuse_grad, register
 from fastpost.reference import kv_select as reference
 
 
@@ -44,4 +46,35 @@ def kv_select(
     Raises:
         ValueError: wrong dtype, shape, layout or device; an input that requires grad.
     """
-    return reference.kv_select(query, landmark, count, resident, scale=scale, source=source, kept=kept, scaling=scaling)
+    tensors = (query, landmark, count, resident, scale, source, kept)
+    if USE_REFERENCE:
+        return reference.kv_select(
+            query, landmark, count, resident, scale=scale, source=source, kept=kept, scaling=scaling
+        )
+    plain = may_skip_dispatcher(*tensors)
+    if not plain:
+        named = dict(zip(("query", "landmark", "count", "resident", "scale", "source", "kept"), tensors))
+        expect_plain("kv_select", **named)
+        refuse_grad("kv_select", **named)
+    if scaling is None:
+        scaling = (query.shape[-1] or 1) ** -0.5 if query.ndim else 1.0
+    return Selection(*(_select if plain else _select_op)(*tensors, scaling))
+
+
+def _select(query, landmark, count, resident, scale, source, kept, scaling):
+    chunks, slots, fresh = _select_fake(query, landmark, count, resident, scale, source, kept, scaling)
+    size = _core.kv_select_bytes(query, landmark, torch.get_num_threads())
+    workspace = torch.empty(size, dtype=torch.uint8, device=query.device)
+    _core.kv_select(query, landmark, scale, source, count, kept, scaling, workspace, resident, chunks, slots, fresh)
+    return chunks, slots, fresh
+
+
+def _select_fake(_query, _landmark, _count, resident, _scale, _source, _kept, _scaling):
+    return (torch.empty_like(resident), torch.empty_like(resident), torch.empty_like(resident, dtype=torch.uint8))
+
+
+_select_op = register(
+    "kv_select(Tensor query, Tensor landmark, Tensor count, Tensor(a!) resident, Tensor? scale, Tensor? source, "
+    "Tensor? kept, float scaling) -> (Tensor, Tensor, Tensor)",
+    _select, _select_fake,
+)  # fmt: skip

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import torch
 
+from fastpost import _core
+from fastpost.ops._register import USE_REFERENCE, expect_plain, may_skip_dispatcher, refuse_grad, register
 from fastpost.reference import paged_attention as reference
 
 
@@ -52,8 +54,77 @@ def paged_attention(
     Raises:
         ValueError: wrong dtype, shape, layout or device; an input that requires grad.
     """
-    return reference.paged_attention(
-        query, keys, values, table, length, value_table=value_table, cu_seqlens=cu_seqlens, key_row=key_row,
-        value_row=value_row, new_keys=new_keys, new_values=new_values, begun=begun, scaling=scaling, softcap=softcap,
-        window=window, return_lse=return_lse, out_dtype=out_dtype,
-    )  # fmt: skip
+    if USE_REFERENCE:
+        return reference.paged_attention(
+            query, keys, values, table, length, value_table=value_table, cu_seqlens=cu_seqlens, key_row=key_row,
+            value_row=value_row, new_keys=new_keys, new_values=new_values, begun=begun, scaling=scaling,
+            softcap=softcap, window=window, return_lse=return_lse, out_dtype=out_dtype,
+        )  # fmt: skip
+    begun_out, begun_lse = (None, None) if begun is None else begun
+    tensors = (query, keys, values, table, length, value_table, cu_seqlens, key_row, value_row, new_keys, new_values,
+               begun_out, begun_lse)  # fmt: skip
+    for x in tensors:
+        if x is not None and (type(x) is not torch.Tensor or x.device != query.device or x.requires_grad):
+            _explain(*tensors)
+            break
+    if out_dtype not in (None, query.dtype, torch.float32):
+        raise ValueError(f"[paged_attention] out_dtype: expected None, {query.dtype} or float32, got {out_dtype}.")
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    rest = (scaling, softcap or 0.0, window or 0, return_lse, out_dtype == torch.float32)
+    if may_skip_dispatcher(query):
+        out, lse = _forward(*tensors, *rest)
+    elif new_keys is None:
+        out, lse = _op(*tensors[:9], *tensors[11:], *rest)
+    else:
+        out, lse = _append_op(*tensors, *rest)
+    return (out, lse) if return_lse else out
+
+
+def _explain(query, keys, values, table, length, value_table, cu_seqlens, key_row, value_row, new_keys, new_values,
+             begun_out, begun_lse):  # fmt: skip
+    """Say what is wrong with the tensors, if anything is."""
+    floats = {"query": query, "keys": keys, "values": values, "new_keys": new_keys, "new_values": new_values,
+              "begun": begun_out, "begun lse": begun_lse}  # fmt: skip
+    expect_plain("paged_attention", **floats, table=table, length=length, value_table=value_table,
+                 cu_seqlens=cu_seqlens, key_row=key_row, value_row=value_row)  # fmt: skip
+    refuse_grad("paged_attention", **floats)
+
+
+def _forward(query, keys, values, table, length, value_table, cu_seqlens, key_row, value_row, new_keys, new_values,
+             begun_out, begun_lse, scaling, softcap, window, with_lse, wide):  # fmt: skip
+    out, lse = _outputs(query, with_lse, wide)
+    bytes = _core.paged_attention_bytes(query, keys, table, torch.get_num_threads())
+    workspace = torch.empty(bytes, dtype=torch.uint8, device=query.device)
+    _core.paged_attention(query, keys, values, table, value_table, length, cu_seqlens, key_row, value_row, new_keys,
+                          new_values, begun_out, begun_lse, scaling, softcap, window, workspace, out,
+                          lse if with_lse else None)  # fmt: skip
+    return out, lse
+
+
+def _outputs(query, with_lse, wide):
+    out = torch.empty(query.shape, dtype=torch.float32 if wide else query.dtype, device=query.device)
+    lse = torch.empty(query.shape[:2] if with_lse else (0,), dtype=torch.float32, device=query.device)
+    return out, lse
+
+
+def _read_only(query, keys, values, table, length, value_table, cu_seqlens, key_row, value_row, begun_out, begun_lse,
+               scaling, softcap, window, with_lse, wide):  # fmt: skip
+    return _forward(query, keys, values, table, length, value_table, cu_seqlens, key_row, value_row, None, None,
+                    begun_out, begun_lse, scaling, softcap, window, with_lse, wide)  # fmt: skip
+
+
+def _fake(query, *rest):
+    return _outputs(query, *rest[-2:])
+
+
+# Two ops, because an op says in its schema whether it writes into its arguments.
+_SCHEMA = (
+    "(Tensor query, Tensor{} keys, Tensor{} values, Tensor table, Tensor length, Tensor? value_table, "
+    "Tensor? cu_seqlens, Tensor? key_row, Tensor? value_row, {}Tensor? begun_out, Tensor? begun_lse, float scaling, "
+    "float softcap, int window, bool with_lse, bool wide) -> (Tensor, Tensor)"
+)
+_op = register("paged_attention" + _SCHEMA.format("", "", ""), _read_only, _fake)
+_append_op = register(
+    "paged_attention_append" + _SCHEMA.format("(a!)", "(b!)", "Tensor new_keys, Tensor new_values, "), _forward, _fake
+)

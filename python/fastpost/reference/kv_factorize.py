@@ -22,12 +22,17 @@ def kv_factorize(keys, rank, *, length=None, bits=8):
         s = torch.cat([s, s.new_zeros(len(s), vt.shape[1] - s.shape[1])], 1)
     total = s.square().sum(1)
     error = (s[:, rank:].square().sum(1) / total.clamp(min=torch.finfo(wide).tiny)).sqrt()
-    kept = s[:, :rank]
-    kept = kept.clamp(min=1e-6 * s.amax(1, keepdim=True)).clamp(min=torch.finfo(torch.float32).tiny)
+    kept = resolved(s[:, :rank])
     basis = kept[:, :, None] * vt[:, :rank]
     directions = (vt[:, :rank] / kept[:, :, None]).mT.contiguous()
     u, scale = kv_project(keys, directions, length=length, bits=bits)
     return KVFactors(u, scale, basis, directions, error)
+
+
+def resolved(s):
+    """Singular values [B, r], descending, none below 1e-3 of the largest: a Gram matrix in float32 knows no smaller ones,
+    and u would be large where directions divide by them."""
+    return s.clamp(min=1e-3 * s[:, :1]).clamp(min=1e-18)
 
 
 def kv_project(keys, directions, *, length=None, bits=8):

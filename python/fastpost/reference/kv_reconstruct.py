@@ -71,6 +71,7 @@ class Case:
         g = torch.Generator().manual_seed(seed)
         p = self.b if self.prompts is None else self.prompts
         count = self.s // self.chunk
+        factor = torch.float32 if dtype == torch.float16 else dtype
         u = torch.randn(p, self.s, self.rank, generator=g)
         options = {}
         if self.bits == 8:
@@ -88,7 +89,7 @@ class Case:
         width = self.d // 2 if self.width is None else self.width
         if width:
             angle = torch.arange(self.s)[:, None] * 10000.0 ** -(torch.arange(width) / width)
-            options |= {"cos": angle.cos().to(dtype)[None], "sin": angle.sin().to(dtype)[None]}
+            options |= {"cos": angle.cos().to(factor)[None], "sin": angle.sin().to(factor)[None]}
         if self.prompts is not None:
             options["source"] = torch.arange(self.b, dtype=torch.int32) % p
         if self.part_fresh:
@@ -102,7 +103,7 @@ class Case:
             options |= {"values": values, "value_pool": pool.to(device, copy=True)}
             if torch.device(device).type == "cuda":
                 options |= {name: options[name].pin_memory() for name in ("values", "value_scale") if name in options}
-        tensors = (u, basis.to(torch.float32 if dtype == torch.float16 else dtype), chunks.view(shape), pool)
+        tensors = (u, basis.to(factor), chunks.view(shape), pool)
         return [t.to(device) for t in tensors], options
 
 

@@ -31,7 +31,7 @@ def paged_attention(query, keys, values, table, length, *, value_table=None, cu_
                 where = slice(total - n, total)
                 keys[k_row, head, k_page[where], position[where] % page] = new_keys[first:last, head]
                 values[v_row, head, v_page[where], position[where] % page] = new_values[first:last, head]
-            there = k_page >= 0
+            there = (k_page >= 0) & (v_page >= 0)
             k = keys[k_row, head, k_page[there], position[there] % page].to(wide)
             v = values[v_row, head, v_page[there], position[there] % page].to(wide)
             heads = slice(head * (h // g), (head + 1) * (h // g))
