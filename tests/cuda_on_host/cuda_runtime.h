@@ -35,6 +35,13 @@ uint32_t __ballot_sync(unsigned mask, int predicate);
 
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int atomicAdd(int* at, int value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
+inline int atomicMax(int* at, int value) {
+  int old = __atomic_load_n(at, __ATOMIC_RELAXED);
+  while (old < value && !__atomic_compare_exchange_n(at, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return old;
+}
 
 // ---- runtime API ----
 
