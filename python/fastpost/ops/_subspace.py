@@ -20,7 +20,7 @@ import torch
 SMALL = 256  # dimensions up to which the whole decomposition is the faster one
 SETTLED = 5e-4  # of the truncated energy: what one more product may still win
 MOST = 32  # products
-FIRST = 2  # products after which it is worth looking
+FIRST = 3  # products after which it is worth looking
 PRODUCTS = 5  # on a GPU; tests/ops/test_kv_factorize.py has the spectra for which that must do
 SHARPER = 12  # steps of Newton and Schulz towards the sign of a matrix
 NOISE = 2.0**-22  # of the energy: what sums in float32 do not resolve
@@ -74,9 +74,8 @@ def _eigenvectors(gram, rank):
                 break
             before = left
         q = _orthonormal(product.add_(q, alpha=NOISE))
-    q = _orthonormal(q @ turn[:, width - rank :].flip(1))
-    values = (q * (gram @ q)).sum(0)
-    return values, q, gram.trace() - values.sum()
+    values = values[width - rank :].flip(0)
+    return values, q @ turn[:, width - rank :].flip(1), gram.trace() - values.sum()
 
 
 def without_waiting(gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -30,9 +30,9 @@ def kv_factorize(
     """The `rank` largest singular directions of each sequence's keys, all key heads together.
 
     By the Gram matrix KᵀK (sums in float32) and a subspace iteration on it; nothing waits for a GPU, unless the rank is
-    most of D. Where the exact decomposition's error is above 2e-3, this one's is at most 1.001 times that; below, sums in float32 no longer tell small directions from
-    rounding, and it stays below 2e-3, known to 1e-3 (tests/ops/test_kv_factorize.py). Source: ShadowKV
-    (arXiv 2410.21465), which factorises the keys before RoPE.
+    most of D. Where the exact decomposition's error is above 2e-3, this one's is at most 1.001 times that; below, sums
+    in float32 no longer tell small directions from rounding, and it stays below 2e-3, known to 1e-3
+    (tests/ops/test_kv_factorize.py). Source: ShadowKV (arXiv 2410.21465), which factorises the keys before RoPE.
 
     Args:
         keys: [B, S, D] with D = key heads · head dimension, before RoPE; float32, bfloat16 or float16, last dimension
