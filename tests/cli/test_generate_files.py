@@ -209,7 +209,7 @@ def test_rows_that_the_model_cannot_do(models, capsys):
     assert run(models / "chat") == 1
     said = capsys.readouterr().err
     assert "in.jsonl:2: [Engine] prompt: expected fewer than the model's 512 positions" in said
-    assert "1 rows failed" in said and [r["line"] for r in rows()] == [1, 3]
+    assert "rows that failed: 1, see above" in said and [r["line"] for r in rows()] == [1, 3]
     assert run(models / "chat", "--kv", "shadow", out="other.jsonl") == 1
     assert "in.jsonl:2: [OneByOne] prompt: expected fewer than the model's 512" in capsys.readouterr().err
     assert [r["answers"] for r in rows("other.jsonl")] == [r["answers"] for r in rows()]

@@ -193,15 +193,19 @@ def to_file(args, source: Callable, total: int, added: tuple[str, ...], say: Cal
             name = signal.Signals(stopped.number).name
             say(f"{name}: stopped. {_go_on(args, out, total)}")
             return 128 + stopped.number
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{error}\n{_go_on(args, out, total)}") from error
+        except (OSError, ValueError, RuntimeError) as error:
+            memory = type(error).__name__ == "OutOfMemoryError"
+            if isinstance(error, RuntimeError) and not memory:
+                raise
+            hint = " Lower --batch." if memory else ""
+            raise ValueError(f"{error}{hint}\n{_go_on(args, out, total)}") from error
         out.finish()
         seconds = max(time.monotonic() - begin, 1e-9)
         already = f", {total - left} of them from an earlier attempt" if left < total else ""
         rate = f"; {new} tokens, {new / seconds:.0f} tokens/s" if new else ""
         print(f"{args.out}: {total - left + len(out.done) - there} rows{already}{rate}")
     if failures.count:
-        say(f"{failures.count} rows failed (see above) and are not in {args.out}. The same command tries them again.")
+        say(f"rows that failed: {failures.count}, see above. They are not in {args.out}; the same command tries again.")
     return 1 if failures.count else 0
 
 
