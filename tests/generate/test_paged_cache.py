@@ -4,12 +4,12 @@
 import random
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from fastpost.generate.handle import Handle
-from fastpost.generate.pages import ROOT, Pages
 from fastpost.generate.paged_cache import LayerShape, PagedCache, UnsupportedModel, record
+from fastpost.generate.pages import ROOT, Pages
 from fastpost.generate.request import Sampling
 from fastpost.generate.schedule import Scheduler
 from fastpost.generate.takeover import Takeover
@@ -147,7 +147,10 @@ def test_a_shared_page_is_copied_before_it_is_written():
 
 
 def test_copying_a_page_copies_it_in_every_layer():
-    shapes = [LayerShape(2, 4, torch.float32, torch.device("cpu")), LayerShape(1, 8, torch.float32, torch.device("cpu"))]
+    shapes = [
+        LayerShape(2, 4, torch.float32, torch.device("cpu")),
+        LayerShape(1, 8, torch.float32, torch.device("cpu")),
+    ]
     cache = PagedCache(shapes, pages=3, page=2)
     for store in cache.stores:
         store.normal_()

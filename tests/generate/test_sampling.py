@@ -112,7 +112,7 @@ def test_random_numbers_are_even_and_of_their_own():
     numbers = torch.tensor([uniform(stream(s, r, j), p) for s in range(4) for r in (0, 1, "0", "a")
                             for j in range(4) for p in range(50)])  # fmt: skip
     assert len(set(numbers.tolist())) == len(numbers)
-    assert 0 <= numbers.min() and numbers.max() < 1
+    assert numbers.min() >= 0 and numbers.max() < 1
     count = torch.histc(numbers, 20, 0, 1)
     assert ((count - len(numbers) / 20) ** 2 / (len(numbers) / 20)).sum() < 52  # 19 degrees of freedom: p = 1e-4
 
