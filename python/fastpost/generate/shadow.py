@@ -173,9 +173,7 @@ class ShadowCache(Cache):
         trace. Below it the prompt is cut at a chunk, and the tokens of the last, partial chunk come back as dense ones,
         with the keys that their factors make."""
         if tokens_to_remove > 0:
-            raise ValueError(
-                f"[{WHO}] crop: expected minus the number of tokens to take off, got {tokens_to_remove}."
-            )
+            raise ValueError(f"[{WHO}] crop: expected minus the number of tokens to take off, got {tokens_to_remove}.")
         columns, old = self.rows.columns, list(self.rows.counts)
         if tokens_to_remove and -tokens_to_remove >= columns:
             self.reset()
