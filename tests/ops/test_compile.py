@@ -182,3 +182,30 @@ def test_step_of_a_shadow_cache_with_any_number_of_rows(device):
         assert ours[-1].ne(0).any() and ours[4].ge(0).all()
         first = first or frames.frame_count
         assert frames.frame_count == first
+
+
+def test_paged_attention_with_any_number_of_tokens(device):
+    """One graph, which writes into the pools as the op alone does."""
+    pools = [torch.zeros(1, 2, 30, 4, 16, device=device) for _ in range(2)]
+    table = torch.arange(30, dtype=torch.int32, device=device)[None, None]
+
+    def layer(query, key, value, keys, values, length, cu_seqlens):
+        begun = fastpost.paged_attention(query, keys, values, table, length, cu_seqlens=cu_seqlens, return_lse=True,
+                                         out_dtype=torch.float32)  # fmt: skip
+        out = fastpost.paged_attention(query.tanh(), keys, values, table, length, cu_seqlens=cu_seqlens,
+                                       new_keys=key.sin(), new_values=value, begun=begun)  # fmt: skip
+        return out + keys.sum()
+
+    torch._dynamo.reset()
+    frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=frames)
+    for n in (9, 33, 17, 100):
+        new = [torch.randn(n, heads, 16, device=device) for heads in (6, 2, 2)]
+        length, cu_seqlens = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([n + 7], [0, n]))
+        results = []
+        for f in (layer, compiled):
+            own = [x.clone() for x in pools]
+            results.append((f(*new, *own, length, cu_seqlens), *own))
+        for ours, eager in zip(results[1], results[0]):
+            torch.testing.assert_close(ours, eager)
+        assert results[1][1].any() and frames.frame_count == 1
