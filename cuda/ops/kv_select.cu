@@ -337,7 +337,8 @@ __device__ inline int find(const int32_t* list, int size, int chunk) {
   return low < size && list[low] == chunk ? low : -1;
 }
 
-// The `wanted` largest keys are those above `above`, and the first `equal` of those that are equal to it.
+// The `wanted` largest keys are those above `above`, and the first `equal` of those that are equal to it. Bins and counts are
+// free again.
 struct Cut {
   uint32_t above;
   int equal;
@@ -362,7 +363,10 @@ __device__ inline Cut cut_of(const uint32_t* keys, int n, int wanted, int* bins,
     if (lane == 0) counts[warp] = of_warp;
     __syncthreads();
     const int of_lane = counts[lane];
-    if (shift == 21 && warp_sum(of_lane) <= wanted) return {0, 0};  // all
+    if (shift == 21 && warp_sum(of_lane) <= wanted) {  // all
+      __syncthreads();                                 // counts have been read
+      return {0, 0};
+    }
     const int before = warp_sum(lane < warp ? of_lane : 0) + warp_before(high + low, lane);
     if (before < left && before + high + low >= left) {
       const bool in_high = before + high >= left;
@@ -408,7 +412,6 @@ __global__ void __launch_bounds__(kSelectThreads)
   int32_t* free_slots = reinterpret_cast<int32_t*>(keys);  // whose own time is over then
 
   const Cut cut = cut_of(keys, n, wanted, bins, counts[0], found);
-  __syncthreads();
   const Span span = span_of(n, warp);
   int above = 0, equal = 0;
   for (int i = span.begin; i < span.end; i += kWarp) {

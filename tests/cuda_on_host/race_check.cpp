@@ -209,6 +209,59 @@ void grouped_gemm_weight_gradient(Buffers&) {
                                      view(g.weight_half, Grouped::kW, DType::BFloat16), Tensor{});
 }
 
+// Two query heads to one key head of 64. Two sequences of 140 positions, so that decoding has two splits, or a prompt.
+struct Paged {
+  static constexpr int64_t kRows = 70, kPool[] = {1, 1, 20, 16, 64}, kQuery[] = {kRows, 2, 64}, kNew[] = {kRows, 1, 64},
+                           kTwo[] = {2}, kDecode[] = {2, 2, 64}, kNewDecode[] = {2, 1, 64}, kTables[] = {2, 1, 10},
+                           kBytes[] = {1 << 16}, kPrompts[] = {1, 1, 10}, kOne[] = {1};
+  std::vector<float> keys = std::vector<float>(20 * 16 * 64, 0.5f), values = keys, query = keys, out = keys, fresh = keys;
+  std::vector<uint16_t> half_keys = std::vector<uint16_t>(20 * 16 * 64, 0x3f80), half_values = half_keys,
+                        half_query = half_keys, half_out = half_keys, half_fresh = half_keys;
+  std::vector<uint8_t> space = std::vector<uint8_t>(kBytes[0]);
+  std::vector<int32_t> table = std::vector<int32_t>(20), length = {140, 139}, bounds = {0, kRows};
+  Paged() {
+    for (int i = 0; i < 20; ++i) table[i] = i;
+  }
+  template <class V>
+  void run(bool prompt, DType dtype, V& q, V& k, V& v, V& n, V& o) {
+    if (prompt) length[0] = kRows;
+    const Tensor rows = view(n, prompt ? kNew : kNewDecode, dtype);
+    cuda::paged_attention(view(q, prompt ? kQuery : kDecode, dtype), view(k, kPool, dtype), view(v, kPool, dtype),
+                          view(table, prompt ? kPrompts : kTables, DType::Int32), Tensor{},
+                          view(length, prompt ? kOne : kTwo, DType::Int32),
+                          prompt ? view(bounds, kTwo, DType::Int32) : Tensor{}, Tensor{}, Tensor{}, rows, rows, Tensor{},
+                          Tensor{}, 0.125, 0.0, 0, view(space, kBytes, DType::UInt8),
+                          view(o, prompt ? kQuery : kDecode, dtype), Tensor{});
+  }
+};
+template <bool kPrompt>
+void paged_attention(Buffers&) {
+  Paged p;
+  p.run(kPrompt, DType::Float32, p.query, p.keys, p.values, p.fresh, p.out);
+}
+template <bool kPrompt>
+void paged_attention_half(Buffers&) {
+  Paged p;
+  p.run(kPrompt, DType::BFloat16, p.half_query, p.half_keys, p.half_values, p.half_fresh, p.half_out);
+}
+void kv_select(Buffers&) {  // among equal chunks, and all of them
+  static constexpr int64_t kQuery[] = {1, 2, 16}, kLandmark[] = {1, 1, 70, 16}, kCount[] = {1}, kKept[] = {1, 1, 2},
+                           kBytes[] = {4096}, kFew[] = {1, 1, 9}, kAll[] = {1, 1, 80};
+  std::vector<float> query(2 * 16, 0.5f), landmark(70 * 16, 1.0f);
+  std::vector<int32_t> count = {70}, kept = {3, 65}, resident(80, 5), chunks(80), slots(80);
+  std::vector<uint8_t> fresh(80), space(kBytes[0]);
+  for (int i = 0; i < 80; ++i) resident[i] = i;
+  const auto choose = [&](auto& shape) {
+    cuda::kv_select(view(query, kQuery, DType::Float32), view(landmark, kLandmark, DType::Float32), Tensor{}, Tensor{},
+                    view(count, kCount, DType::Int32), view(kept, kKept, DType::Int32), 0.25,
+                    view(space, kBytes, DType::UInt8), view(resident, shape, DType::Int32),
+                    view(chunks, shape, DType::Int32), view(slots, shape, DType::Int32),
+                    view(fresh, shape, DType::UInt8));
+  };
+  choose(kFew);
+  choose(kAll);
+}
+
 struct Entry {
   const char* name;
   void (*run)(Buffers&);
@@ -236,6 +289,11 @@ constexpr Entry kEntries[] = {
     {"grouped_gemm", grouped_gemm},
     {"grouped_gemm_half", grouped_gemm_half},
     {"grouped_gemm_weight_gradient", grouped_gemm_weight_gradient},
+    {"paged_attention", paged_attention<false>},
+    {"paged_attention_prompt", paged_attention<true>},
+    {"paged_attention_half", paged_attention_half<false>},
+    {"paged_attention_half_prompt", paged_attention_half<true>},
+    {"kv_select", kv_select},
 };
 
 int races = 0;
