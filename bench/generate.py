@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     result = machine.describe(device) | {"model": Path(args.model).name, "threads": args.threads, "dtype": args.dtype,
                                          "clock": args.clock, "cases": []}  # fmt: skip
     before = machine.probe()
-    for requests, goal in ((unequal(1), ONE), (unequal(args.requests), MANY)):
+    vocab = model.config.vocab_size
+    for requests, goal in ((unequal(1, vocab), ONE), (unequal(args.requests, vocab), MANY)):
         case = measure(model, requests, args.repeat, timing.CLOCKS[args.clock]) | {"goal": goal}
         result["cases"].append(case)
         print(line(case), flush=True)
@@ -62,12 +63,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def unequal(count: int) -> list[tuple[list[int], int]]:
+def unequal(count: int, vocab: int = 10_000) -> list[tuple[list[int], int]]:
     """(prompt ids, new tokens) of each request: 16 to 256 and 8 to 128, evenly in their logarithm."""
     draw = random.Random(count)
     if count == 1:
-        return [([draw.randrange(100, 10_000) for _ in range(32)], 64)]
-    return [([draw.randrange(100, 10_000) for _ in range(int(16 * 16 ** draw.random()))], int(8 * 16 ** draw.random()))
+        return [([draw.randrange(100, min(vocab, 10_000)) for _ in range(32)], 64)]
+    return [([draw.randrange(100, min(vocab, 10_000)) for _ in range(int(16 * 16 ** draw.random()))], int(8 * 16 ** draw.random()))
             for _ in range(count)]  # fmt: skip
 
 
