@@ -96,8 +96,8 @@ __device__ __forceinline__ void load_basis(const ReconstructWork& w, const Layou
 }
 
 // 16 rows of u, [first, first + step) of each, by a warp; zeros where there are none. tokens: of row (lane / 2), -1: none.
-__device__ __forceinline__ void load_rows(const ReconstructWork& w, const Layout& l, int64_t p, int64_t token, int first,
-                                          char* rows, int lane) {
+__device__ __forceinline__ void load_rows(const ReconstructWork& w, const Layout& l, int64_t p, int64_t token,
+                                          int first, char* rows, int lane) {
   const int row = lane / 2;  // two lanes have a row
   const int left = w.rank - first, count = left < l.step ? left : l.step;
   const int64_t at = p * w.u_strides[0] + (token < 0 ? 0 : token) * w.u_strides[1] + first;
@@ -159,8 +159,8 @@ __device__ __forceinline__ void multiply(const Layout& l, const char* rows, cons
 
 template <class T, int kColumns>
 // Two blocks at least: without saying so, ptxas would rather spill than have fewer of them.
-__global__ void __launch_bounds__(kThreads, 2) reconstruct_kernel(ReconstructWork w, Layout l, int64_t rows,
-                                                               int64_t key_blocks, int64_t value_blocks) {
+__global__ void __launch_bounds__(kThreads, 2)
+    reconstruct_kernel(ReconstructWork w, Layout l, int64_t rows, int64_t key_blocks, int64_t value_blocks) {
   FP_DYNAMIC_SHARED(char, shared);
   constexpr int kBlocks = kColumns / 8;
   __shared__ Pick picks[32];

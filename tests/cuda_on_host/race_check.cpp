@@ -209,6 +209,68 @@ void grouped_gemm_weight_gradient(Buffers&) {
                                      view(g.weight_half, Grouped::kW, DType::BFloat16), Tensor{});
 }
 
+// Keys of 40 tokens, two key heads of 8, rank 8; chunks of 8. Half: bfloat16, by matrix instructions.
+struct Factors {
+  static constexpr int64_t kKeys[] = {1, 40, 16}, kGram[] = {1, 16, 16}, kDirections[] = {1, 16, 8}, kU[] = {1, 40, 8},
+                           kScale[] = {1, 40}, kSpace[] = {1 << 18}, kHeads[] = {1, 2, 40, 8}, kChunks[] = {1, 2, 5},
+                           kFives[] = {1, 2, 5, 8}, kTens[] = {1, 2, 10, 8}, kOfTens[] = {1, 2, 10},
+                           kSlots[] = {1, 2, 5}, kBasis[] = {1, 2, 8, 8}, kTable[] = {1, 40, 4},
+                           kPool[] = {1, 2, 5, 8, 8};
+  std::vector<float> keys = std::vector<float>(40 * 16, 0.5f), gram = keys, directions = keys, scale = keys,
+                     basis = keys, table = keys, pool = std::vector<float>(2 * 5 * 64), values = pool;
+  std::vector<uint16_t> half_keys = std::vector<uint16_t>(40 * 16, 0x3f80), half_pool = half_keys,
+                        half_values = half_keys;
+  std::vector<uint8_t> u = std::vector<uint8_t>(40 * 16, 3), space = std::vector<uint8_t>(kSpace[0]);
+  std::vector<int32_t> chunks = {0, 1, 2, 3, 4, 0, 1, 2, 3, 4};
+
+  Tensor floats(std::vector<float>& data, auto& shape) { return view(data, shape, DType::Float32); }
+  Tensor halves(std::vector<uint16_t>& data, auto& shape) { return view(data, shape, DType::BFloat16); }
+  Tensor view_u(auto& shape) { return view(u, shape, DType::Int8); }
+  Tensor view_space() { return view(space, kSpace, DType::UInt8); }
+  void gram_of(Tensor k) { cuda::kv_factorize_gram(k, Tensor{}, view_space(), floats(gram, kGram)); }
+  void project(Tensor k) {
+    cuda::kv_factorize_project(k, Tensor{}, floats(directions, kDirections), view_space(), view_u(kU),
+                               floats(scale, kScale));
+  }
+  void reconstruct(Tensor v, Tensor keys_out, Tensor pool_out) {
+    cuda::kv_reconstruct(view_u(kU), floats(scale, kScale), floats(basis, kBasis), floats(table, kTable),
+                         floats(table, kTable), Tensor{}, view(chunks, kSlots, DType::Int32), Tensor{}, Tensor{}, v,
+                         Tensor{}, Tensor{}, keys_out, pool_out);
+  }
+};
+void kv_factorize_gram(Buffers&) {
+  Factors f;
+  f.gram_of(f.floats(f.keys, Factors::kKeys));
+}
+void kv_factorize_gram_half(Buffers&) {
+  Factors f;
+  f.gram_of(f.halves(f.half_keys, Factors::kKeys));
+}
+void kv_factorize_project(Buffers&) {
+  Factors f;
+  f.project(f.floats(f.keys, Factors::kKeys));
+}
+void kv_factorize_project_half(Buffers&) {
+  Factors f;
+  f.project(f.halves(f.half_keys, Factors::kKeys));
+}
+void kv_landmarks(Buffers&) {  // by either kernel
+  Factors f;
+  cuda::kv_landmarks(f.halves(f.half_keys, Factors::kHeads), Tensor{}, 8, f.view_u(Factors::kFives),
+                     f.floats(f.scale, Factors::kChunks), f.floats(f.gram, Factors::kChunks));
+  cuda::kv_landmarks(f.halves(f.half_keys, Factors::kHeads), Tensor{}, 4, f.view_u(Factors::kTens),
+                     f.floats(f.scale, Factors::kOfTens), f.floats(f.gram, Factors::kOfTens));
+}
+void kv_reconstruct(Buffers&) {
+  Factors f;
+  f.reconstruct(f.floats(f.values, Factors::kPool), f.floats(f.pool, Factors::kPool), f.floats(f.gram, Factors::kPool));
+}
+void kv_reconstruct_half(Buffers&) {
+  Factors f;
+  f.reconstruct(f.halves(f.half_values, Factors::kPool), f.halves(f.half_pool, Factors::kPool),
+                f.halves(f.half_keys, Factors::kPool));
+}
+
 struct Entry {
   const char* name;
   void (*run)(Buffers&);
@@ -236,6 +298,13 @@ constexpr Entry kEntries[] = {
     {"grouped_gemm", grouped_gemm},
     {"grouped_gemm_half", grouped_gemm_half},
     {"grouped_gemm_weight_gradient", grouped_gemm_weight_gradient},
+    {"kv_factorize_gram", kv_factorize_gram},
+    {"kv_factorize_gram_half", kv_factorize_gram_half},
+    {"kv_factorize_project", kv_factorize_project},
+    {"kv_factorize_project_half", kv_factorize_project_half},
+    {"kv_landmarks", kv_landmarks},
+    {"kv_reconstruct", kv_reconstruct},
+    {"kv_reconstruct_half", kv_reconstruct_half},
 };
 
 int races = 0;
