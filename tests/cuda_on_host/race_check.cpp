@@ -209,19 +209,19 @@ void grouped_gemm_weight_gradient(Buffers&) {
                                      view(g.weight_half, Grouped::kW, DType::BFloat16), Tensor{});
 }
 
-// Keys of 40 tokens, two key heads of 8, rank 8; chunks of 8. Half: bfloat16, by matrix instructions.
+// Keys of 24 tokens, two key heads of 8, rank 8; chunks of 8. Half: bfloat16, by matrix instructions.
 struct Factors {
-  static constexpr int64_t kKeys[] = {1, 40, 16}, kGram[] = {1, 16, 16}, kDirections[] = {1, 16, 8}, kU[] = {1, 40, 8},
-                           kScale[] = {1, 40}, kSpace[] = {1 << 18}, kHeads[] = {1, 2, 40, 8}, kChunks[] = {1, 2, 5},
-                           kFives[] = {1, 2, 5, 8}, kTens[] = {1, 2, 10, 8}, kOfTens[] = {1, 2, 10},
-                           kSlots[] = {1, 2, 5}, kBasis[] = {1, 2, 8, 8}, kTable[] = {1, 40, 4},
-                           kPool[] = {1, 2, 5, 8, 8};
-  std::vector<float> keys = std::vector<float>(40 * 16, 0.5f), gram = keys, directions = keys, scale = keys,
-                     basis = keys, table = keys, pool = std::vector<float>(2 * 5 * 64), values = pool;
-  std::vector<uint16_t> half_keys = std::vector<uint16_t>(40 * 16, 0x3f80), half_pool = half_keys,
+  static constexpr int64_t kKeys[] = {1, 24, 16}, kGram[] = {1, 16, 16}, kDirections[] = {1, 16, 8}, kU[] = {1, 24, 8},
+                           kScale[] = {1, 24}, kSpace[] = {1 << 18}, kHeads[] = {1, 2, 24, 8}, kChunks[] = {1, 2, 3},
+                           kThrees[] = {1, 2, 3, 8}, kSixes[] = {1, 2, 6, 8}, kOfSixes[] = {1, 2, 6},
+                           kSlots[] = {1, 2, 3}, kBasis[] = {1, 2, 8, 8}, kTable[] = {1, 24, 4},
+                           kPool[] = {1, 2, 3, 8, 8};
+  std::vector<float> keys = std::vector<float>(24 * 16, 0.5f), gram = keys, directions = keys, scale = keys,
+                     basis = keys, table = keys, pool = std::vector<float>(2 * 3 * 64), values = pool;
+  std::vector<uint16_t> half_keys = std::vector<uint16_t>(24 * 16, 0x3f80), half_pool = half_keys,
                         half_values = half_keys;
-  std::vector<uint8_t> u = std::vector<uint8_t>(40 * 16, 3), space = std::vector<uint8_t>(kSpace[0]);
-  std::vector<int32_t> chunks = {0, 1, 2, 3, 4, 0, 1, 2, 3, 4};
+  std::vector<uint8_t> u = std::vector<uint8_t>(24 * 16, 3), space = std::vector<uint8_t>(kSpace[0]);
+  std::vector<int32_t> chunks = {0, 1, 2, 0, 1, 2};
 
   Tensor floats(std::vector<float>& data, auto& shape) { return view(data, shape, DType::Float32); }
   Tensor halves(std::vector<uint16_t>& data, auto& shape) { return view(data, shape, DType::BFloat16); }
@@ -256,10 +256,10 @@ void kv_factorize_project_half(Buffers&) {
 }
 void kv_landmarks(Buffers&) {  // by either kernel
   Factors f;
-  cuda::kv_landmarks(f.halves(f.half_keys, Factors::kHeads), Tensor{}, 8, f.view_u(Factors::kFives),
+  cuda::kv_landmarks(f.halves(f.half_keys, Factors::kHeads), Tensor{}, 8, f.view_u(Factors::kThrees),
                      f.floats(f.scale, Factors::kChunks), f.floats(f.gram, Factors::kChunks));
-  cuda::kv_landmarks(f.halves(f.half_keys, Factors::kHeads), Tensor{}, 4, f.view_u(Factors::kTens),
-                     f.floats(f.scale, Factors::kOfTens), f.floats(f.gram, Factors::kOfTens));
+  cuda::kv_landmarks(f.halves(f.half_keys, Factors::kHeads), Tensor{}, 4, f.view_u(Factors::kSixes),
+                     f.floats(f.scale, Factors::kOfSixes), f.floats(f.gram, Factors::kOfSixes));
 }
 void kv_reconstruct(Buffers&) {
   Factors f;

@@ -308,6 +308,9 @@ SHAPES = {
     "wide-head": ANY("", 1, 1, 80, 256, 40, 5, values="float"),
     "wider": ANY("", 1, 1, 24, 264, 20, 3),
     "in-steps": ANY("", 1, 1, 160, 128, 500, 20),  # of the rank: the basis does not fit
+    "in-steps-of-pieces": ANY("", 1, 1, 160, 128, 496, 20),
+    "float-factors": ANY("", 1, 2, 64, 64, 24, 3, bits=None),
+    "in-steps-of-floats": ANY("", 1, 1, 160, 128, 504, 20, bits=None),
     "rank-1": ANY("", 1, 1, 32, 64, 1, 3),
     "one-in-a-block": ANY("", 1, 1, 300, 16, 24, 2, chunk=150, values="int8"),
     "single-tokens": ANY("", 1, 2, 70, 32, 16, 40, chunk=1, values="int8", part_fresh=True),
