@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The largest eigenvectors of Gram matrices: the middle of kv_factorize, in torch's own linear algebra.
 
-Small matrices are decomposed whole. Of large ones a random subspace, somewhat wider than asked for, is multiplied by the
-matrix and made orthonormal again until the energy that it holds settles. Directions whose share of the energy is below
-what sums in float32 resolve are noise, and so is the order among them.
+Small matrices are decomposed whole. Of large ones a random subspace, somewhat wider than asked for, is multiplied by
+the matrix and made orthonormal again until the energy that it holds settles. Directions whose share of the energy is
+below what sums in float32 resolve are noise, and so is the order among them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -15,17 +16,28 @@ import torch
 SMALL = 256  # dimensions up to which the whole decomposition is the faster one
 SETTLED = 5e-4  # of the truncated energy: what one more product may still win
 MOST = 32  # products
+FIRST = 3  # products after which it is worth looking
 
 
 def leading(gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(eigenvalues [B, r] descending, eigenvectors [B, D, r], energy of all others [B]), float64, of gram [B, D, D]."""
-    parts = [_leading(matrix, rank) for matrix in gram]  # one by one: the bits of one do not depend on the others
-    return tuple(torch.stack(each) for each in zip(*parts)) if parts else _empty(gram, rank)
+    if len(gram) == 0:
+        new = functools.partial(gram.new_empty, dtype=torch.float64)
+        return new(0, rank), new(0, gram.shape[1], rank), new(0)
+    with _one_thread():
+        parts = [_leading(matrix, rank) for matrix in gram]  # one by one: bits of one do not depend on the others
+    return tuple(torch.stack(each) for each in zip(*parts))
 
 
-def _empty(gram, rank):
-    new = functools.partial(gram.new_empty, dtype=torch.float64)
-    return new(0, rank), new(0, gram.shape[1], rank), new(0)
+@contextlib.contextmanager
+def _one_thread():
+    """BLAS and LAPACK add up in an order that depends on the threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _leading(gram, rank):
@@ -43,12 +55,14 @@ def _leading(gram, rank):
 
 def _settle(gram, rank, q):
     energy, before = gram.diagonal().double().sum(), None
-    for _ in range(MOST):
+    for i in range(MOST):
         product = gram @ q
-        left = energy - torch.linalg.eigvalsh(q.T @ product)[-rank:].double().sum()
-        if before is not None and before - left <= max(SETTLED * left, 1e-7 * energy):
-            break
-        before, q = left, torch.linalg.qr(product).Q
+        if i >= FIRST:
+            left = energy - torch.linalg.eigvalsh(q.T @ product)[-rank:].double().sum()
+            if before is not None and before - left <= max(SETTLED * left, 1e-7 * energy):
+                break
+            before = left
+        q = torch.linalg.qr(product).Q
     return q
 
 
