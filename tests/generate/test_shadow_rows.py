@@ -92,6 +92,25 @@ def test_one_prompt_for_many_rows(model):
         same(step(model, cache, more), step(model, fresh, more))
 
 
+@pytest.mark.parametrize("generated", ["keep", "fold"])
+def test_equal_prompts_are_compressed_once(model, generated):
+    """generate() repeats the prompt for beams and samples before the cache hears of it."""
+    ids = small.tokens(2, 100)[[0, 0, 1, 1, 0]]
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0  # the same tokens, but not the same prompt
+    cache, alone = (small.cache(model, **LOSSY, generated=generated) for _ in range(2))
+    first = step(model, cache, ids, mask)
+    one = step(model, alone, ids[2:3])
+    assert cache.rows.source == [0, 1, 2, 2, 3] and torch.equal(first[2], first[3])
+    assert cache.memory()["factors"] == 4 * alone.memory()["factors"]
+    for i in range(70):  # each row goes its own way, over the fold
+        more = small.tokens(5, 1, seed=i)
+        mask = torch.cat([mask, torch.ones_like(more)], 1)
+        got, one = step(model, cache, more, mask), step(model, alone, more[3:4])
+        same(got[3:4], one)
+    assert cache.rows.source == ([0, 1, 2, 2, 3] if generated == "keep" else [0, 1, 2, 3, 4])
+
+
 def test_rows_that_end_leave_nothing(model):
     ids = small.tokens(3, 103)
     cache = filled(model, ids)
