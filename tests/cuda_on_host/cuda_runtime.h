@@ -35,6 +35,13 @@ uint32_t __ballot_sync(unsigned mask, int predicate);
 
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int atomicAdd(int* at, int value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
+inline int atomicMax(int* at, int value) {
+  int old = __atomic_load_n(at, __ATOMIC_RELAXED);
+  while (old < value && !__atomic_compare_exchange_n(at, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return old;
+}
 
 // ---- runtime API ----
 
@@ -65,6 +72,11 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute,
                                  int bytes) {  // what a block of compute capability 9.0 can have
   return bytes <= 227 << 10 ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
+// Memory of the host that a GPU can read, as pinned memory is; or pageable, while set_pageable says so.
+struct cudaPointerAttributes {
+  void* devicePointer;
+};
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* pointer);
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorName(cudaError_t e) {
   return e == cudaErrorInvalidDevice ? "cudaErrorInvalidDevice" : "cudaErrorInvalidConfiguration";
@@ -96,6 +108,8 @@ int most_barriers();
 void forget_barriers();
 // What cudaDevAttrComputeCapabilityMajor says from now on; 8 at first.
 void set_capability(int major);
+// Whether the host's memory counts as pageable from now on, which it does not at first.
+void set_pageable(bool pageable);
 
 }  // namespace cuda_on_host
 

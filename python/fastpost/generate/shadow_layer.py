@@ -23,8 +23,8 @@ UNUSUAL = 2.0  # a folded chunk stays exact if its error is so many times that o
 
 
 class ShadowLayer(SelfAttendingLayer):
-    """Rows are those of the batch; `store` has the compressed prompts that they read. Per row: slots for the chunks that
-    were chosen last, slots for the chunks that stay exact, and a dense tail of local and new tokens."""
+    """Rows are those of the batch; `store` has the compressed prompts that they read. Per row: slots for the chunks
+    that were chosen last, slots for the chunks that stay exact, and a dense tail of local and new tokens."""
 
     is_croppable = True
     is_sliding = False
@@ -38,6 +38,7 @@ class ShadowLayer(SelfAttendingLayer):
 
     def reset(self) -> None:
         self.columns = 0
+        self.entered: Step | None = None  # the forward that it attends in, or did last
         self.is_initialized = self.waiting = False
         self.store: Store | None = None
         self.resident = self.kept = self.fixed = self.slots = self.slot_values = self.fold_error = None
@@ -102,7 +103,7 @@ class ShadowLayer(SelfAttendingLayer):
 
     def _prompt(self, query, key, value, step: Step, options) -> torch.Tensor:
         """The first input: dense attention of each row, then straight into factors what shall be compressed."""
-        batch, _, tokens, _ = query.shape
+        batch = len(query)
         if step.real is None:
             out = causal(query, key, value, **options).transpose(1, 2)
             of_row = [slice(None)] * batch

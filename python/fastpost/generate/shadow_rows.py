@@ -16,7 +16,7 @@ WHO = "ShadowCache"
 FOLD = 8  # chunks that are folded at a time: the ops cost the same for one
 
 
-@dataclass
+@dataclass(eq=False)
 class Step:
     """One forward: T new columns for B rows, of which row b has new[b] real tokens."""
 
@@ -70,11 +70,12 @@ class Rows:
                 )
             self.step = self._plan(batch, tokens, padding, position_ids, like)
             self.columns += tokens
-        elif self.step is None or layer.columns + tokens != self.columns or tokens != self.step.tokens:
+        elif self.step in (None, layer.entered) or (layer.columns + tokens, tokens) != (self.columns, self.step.tokens):
             raise ValueError(
                 f"[{WHO}] layer {layer.index} has {layer.columns} tokens and got {tokens} more where the others have "
                 f"{self.columns}: a forward was interrupted. Call reset()."
             )
+        layer.entered = self.step
         return self.step
 
     def _plan(self, batch: int, tokens: int, padding, position_ids, like: torch.Tensor) -> Step:
@@ -84,8 +85,8 @@ class Rows:
             self.source, self.prompts = list(range(batch)), batch
         if batch != len(self.length):
             raise ValueError(
-                f"[{WHO}] batch: expected {len(self.length)} rows, which the cache holds, got {batch}. Call reset(), or "
-                "batch_repeat_interleave, batch_select_indices or fork for other rows."
+                f"[{WHO}] batch: expected {len(self.length)} rows, which the cache holds, got {batch}. Call reset(), "
+                "or batch_repeat_interleave, batch_select_indices or fork for other rows."
             )
         real = self._real(tokens, padding, like)
         new = [tokens] * batch if real is None else real.sum(1).tolist()
@@ -121,8 +122,8 @@ class Rows:
     def _step(self, tokens, new, first, real, before, after, unshare, counts, device) -> Step:
         old, chunk = self.step, self.chunk
         tails = [n - c * chunk for n, c in zip(self.length, counts)]
-        if (old is not None and tokens == old.tokens == 1 and real is None and not (before or old.after)
-                and old.real is None):  # fmt: skip
+        usual = old is not None and tokens == old.tokens == 1 and real is None and old.real is None
+        if usual and not (before or unshare or old.after):
             old.length.add_(1)  # no new tensors, and nothing to copy to the device, in the usual step
             return Step(1, new, False, None, None, None, before, after, unshare, counts, old.count, old.source,
                         old.length, max(tails))  # fmt: skip
