@@ -250,7 +250,7 @@ def model(args) -> dict:
         print(f"  {key:<8} ShadowCache {a:8.3f} s, DynamicCache {b:8.3f} s, {b / a:.2f} x")
     error = torch.stack([e.mean() for e in errors if e is not None]).mean().item()
     grows, dense = (memory[f"{kind}per_token_layer"] for kind in ("", "dense_"))
-    print(f"  bytes per token and layer: {grows:.0f} and {dense:.0f}, values aside; truncation error of the keys, mean of "
+    print(f"  bytes per token and layer: {grows:.0f} and {dense:.0f}, values aside; truncation error of keys, mean of "
           f"layers: {error:.3f}")  # fmt: skip
     return {"model": {"context": context, "threads": args.threads, "clock": args.clock, "seconds": seconds,
                       "memory": memory, "found": found}}  # fmt: skip

@@ -112,11 +112,12 @@ void gram_of(const GroupedRows& x, int64_t tokens, int64_t d, const Words& w, co
     parallel_for(pairs * parts, 4, [&](int64_t begin, int64_t end) {
       for (int64_t at = begin; at < end;) {
         const Pair pair(at / parts);
-        const int64_t stop = std::min(end, (at / parts + 1) * parts), row = at % parts * kTileRows;
-        const int64_t rows = std::min((at % parts + stop - at) * kTileRows, lanes) - row;
+        const bool diagonal = pair.row == pair.column;  // of which the lower half will do
+        const int64_t stop = diagonal ? at + 1 : std::min(end, (at / parts + 1) * parts), row = at % parts * kTileRows;
+        const int64_t rows = std::min(row + (stop - at) * kTileRows, lanes) - row;
+        const int64_t used = diagonal ? row + rows : lanes;
         fused_kernels().multiply(w.pairs, space.panels + pair.row * kSteps * lanes + row, 1, lanes, rows,
-                                 space.panels + pair.column * kSteps * lanes, w.steps(count),
-                                 std::min(lanes, d - pair.column * lanes),
+                                 space.panels + pair.column * kSteps * lanes, w.steps(count), used,
                                  space.tiles + at / parts * tile + row * lanes, lanes, first > 0);
         at = stop;
       }
@@ -128,7 +129,7 @@ void gram_of(const GroupedRows& x, int64_t tokens, int64_t d, const Words& w, co
       const int64_t top = pair.row * lanes, left = pair.column * lanes;
       for (int64_t i = 0; i < std::min(lanes, d - top); ++i) {
         const float* from = space.tiles + p * tile + i * lanes;
-        for (int64_t j = 0; j < std::min(lanes, d - left); ++j) {
+        for (int64_t j = 0; j < std::min(lanes, top + i + 1 - left); ++j) {
           gram[(top + i) * d + left + j] = from[j];
           gram[(left + j) * d + top + i] = from[j];
         }

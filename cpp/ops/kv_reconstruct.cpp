@@ -183,15 +183,14 @@ void kv_reconstruct(Tensor u, Tensor scale, Tensor basis, Tensor cos, Tensor sin
       shape.sin_bytes = sin.stride(1) * size;
       shape.width = cos.size(2);
     }
-    token.clear();
-    out.clear();
     const int64_t row_bytes = d * itemsize(keys.dtype);
+    int64_t rows = 0;
     for (int64_t k = begin; k < end; ++k) {
       const int64_t c = choice.chunks[list[k]], slot = choice.slot(list[k]);
       char* to = at(keys, i, j, slot);
-      for (int64_t t = 0; t < chunk; ++t) {
-        token.push_back(c * chunk + t);
-        out.push_back(to + t * row_bytes);
+      for (int64_t t = 0; t < chunk; ++t, ++rows) {
+        token[rows] = c * chunk + t;
+        out[rows] = to + t * row_bytes;
       }
       if (!values.defined()) continue;
       const char* value = at(values, from, j, c);
@@ -203,7 +202,6 @@ void kv_reconstruct(Tensor u, Tensor scale, Tensor basis, Tensor cos, Tensor sin
         std::memcpy(at(value_pool, i, j, slot), value, static_cast<size_t>(chunk * row_bytes));
       }
     }
-    const auto rows = static_cast<int64_t>(token.size());
     for (int64_t k = 0; k < rows; k += kReconstructRows) {
       const int64_t here = std::min(kReconstructRows, rows - k);
       kernels.rows(shape, space.basis, token.data() + k, out.data() + k, here,
@@ -213,8 +211,8 @@ void kv_reconstruct(Tensor u, Tensor scale, Tensor basis, Tensor cos, Tensor sin
   parallel_for(workers, 1, [&](int64_t first, int64_t last) {
     Arena arena{workspace.ptr<char>() + first * bytes};
     const Space space(arena, r, d, pairs);
-    std::vector<int64_t> token;
-    std::vector<char*> out;
+    std::vector<int64_t> token(std::min(n, count) * chunk);
+    std::vector<char*> out(token.size());
     for (int64_t begin = first * count / workers, all = last * count / workers, end; begin < all; begin = end) {
       for (end = begin + 1; end < all && list[end] / n == list[begin] / n;) ++end;
       make(begin, end, space, token, out);

@@ -136,8 +136,21 @@ void finish_row(const float* x, float scale, const Table* cos, const Table* sin,
   for (int64_t k = 2 * w; k < d; k += kWidth) store_part(out + k, load_part(x + k, d - k) * by, d - k);
 }
 
-inline void fetch(const char* p, int64_t bytes) {
+[[gnu::always_inline]] inline void fetch(const char* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+}
+
+// What a row will read and write. GCC takes a function that only prefetches for one without effect and leaves out its
+// calls, unless it is inlined first.
+[[gnu::always_inline]] inline void fetch_row(const ReconstructShape& s, int64_t token, const char* out) {
+  const int64_t table_bytes = s.width * itemsize(s.table), out_bytes = s.d * itemsize(s.keys);
+  fetch(s.rows + token * s.row_bytes, s.rank * itemsize(s.u));
+  if (s.scale) __builtin_prefetch(s.scale + token);
+  if (s.width) {
+    fetch(s.cos + token * s.cos_bytes, table_bytes);
+    fetch(s.sin + token * s.sin_bytes, table_bytes);
+  }
+  for (int64_t i = 0; i < out_bytes; i += 64) __builtin_prefetch(out + i, 1);
 }
 
 template <class U, bool Pairs>
@@ -148,19 +161,11 @@ void rows_of(const ReconstructShape& s, const uint32_t* basis, const int64_t* to
   for (int64_t i = 0; i < count; ++i) {
     widen_row<U, Pairs>(reinterpret_cast<const U*>(s.rows + token[i] * s.row_bytes), s.rank, scratch + i * steps);
   }
-  const int64_t groups = (count + kRows - 1) / kRows, most = count + ahead, turns = panels * groups;
-  const int64_t table_bytes = s.width * itemsize(s.table);
-  int64_t next = count;
+  const int64_t groups = (count + kRows - 1) / kRows, turns = panels * groups;
+  int64_t next = count, turn = 0;
   for (int64_t p = 0; p < panels; ++p) {
     for (int64_t g = 0; g < groups; ++g) {
-      for (const int64_t end = count + ahead * (p * groups + g + 1) / turns; next < end && next < most; ++next) {
-        const int64_t t = token[next];
-        fetch(s.rows + t * s.row_bytes, s.rank * static_cast<int64_t>(sizeof(U)));
-        if (s.width) {
-          fetch(s.cos + t * s.cos_bytes, table_bytes);
-          fetch(s.sin + t * s.sin_bytes, table_bytes);
-        }
-      }
+      for (const int64_t end = count + ahead * ++turn / turns; next < end; ++next) fetch_row(s, token[next], out[next]);
       const int64_t first = g * kRows, n = count - first < kRows ? count - first : kRows;
       multiply_panel<Pairs>(scratch + first * steps, n, basis + p * steps * kLanes, steps, s.d - p * kLanes,
                             c + first * c_row + p * kLanes, c_row);

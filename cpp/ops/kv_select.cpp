@@ -27,7 +27,7 @@ struct Space {
 
   Space(Arena& a, int64_t heads, int64_t d, int64_t c)
       : query(a.take<char>(select_kernels().query_bytes(heads, d))), row((c + 15) / 16 * 16) {
-    logits = a.take<float>(heads * row);
+    logits = a.take<float>(heads * row + kSelectLanes);
     score = a.take<float>(row);
     picked = a.take<int32_t>(row + kSelectLanes);
     place = a.take<int32_t>(row);
@@ -101,7 +101,7 @@ void choose(const Inputs& x, int64_t i, const Space& of) {
   for (int64_t h = 0; h < x.heads; ++h) close(of.logits + h * of.row);
   select_kernels().scores(of.logits, of.row, x.heads, open, of.score);
   close(of.score);
-  const int64_t found = select_kernels().pick(of.score, open, n, of.picked);
+  const int64_t found = select_kernels().pick(of.score, open, n, of.logits, of.picked);
   settle(of.picked, found, n, x.landmark.size(2), of.place, x.resident.ptr<int32_t>() + i * n,
          x.chunks.ptr<int32_t>() + i * n, x.slots.ptr<int32_t>() + i * n, x.fresh.ptr<uint8_t>() + i * n);
 }

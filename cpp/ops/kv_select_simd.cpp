@@ -107,8 +107,11 @@ void with_heads(int64_t n, F&& f) {
 
 #if defined(__AVX512VNNI__)
 
+// The 16 rows from `next` on (may be null), stride apart, are fetched a line at a time: as many as there are words. All of
+// them in one burst kept the loads of the transpose waiting, a third of the time.
 template <int Heads>
-void multiply_digits(const char* packed, const __m512i* columns, int64_t words, __m512 scale, float* out, int64_t row) {
+void multiply_digits(const char* packed, const __m512i* columns, int64_t words, __m512 scale, const int8_t* next,
+                     int64_t stride, float* out, int64_t row) {
   const Digits& of = *reinterpret_cast<const Digits*>(packed);
   const auto* q = reinterpret_cast<const int32_t*>(packed + sizeof(Digits));
   __m512i sum[Heads * kBase];
@@ -116,6 +119,7 @@ void multiply_digits(const char* packed, const __m512i* columns, int64_t words, 
   for (int j = 0; j < Heads * kBase; ++j) sum[j] = _mm512_set1_epi32(of.begin[j]);
   for (int64_t w = 0; w < words; ++w, q += Heads * kBase) {
     const __m512i column = columns[w];
+    if (next) __builtin_prefetch(next + w % 16 * stride + w / 16 * 64);
 #pragma GCC unroll 12
     for (int j = 0; j < Heads * kBase; ++j) sum[j] = _mm512_dpbusd_epi32(sum[j], column, _mm512_set1_epi32(q[j]));
   }
@@ -134,22 +138,25 @@ void logits_by_digits(const char* packed, int64_t heads, int64_t d, const int8_t
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
   const int64_t words = words_of(d);
   for (int64_t i = 0; i < count; i += 16) {
-    const auto row_of = [&](int64_t r) { return landmark + (i + r < count ? i + r : count - 1) * stride; };
+    const int8_t* row_of[16];  // the last row again where there are no more
+    for (int64_t r = 0; r < 16; ++r) row_of[r] = landmark + (i + r < count ? i + r : count - 1) * stride;
     for (int64_t k = 0; k < d; k += 64) {
       const auto put = [&](int c, __m512i x) { _mm512_store_si512(columns + k / 4 + c, _mm512_xor_si512(x, flip)); };
       if (d - k >= 64) {
-        transpose([&](int r) { return row_of(r) + k; }, put);
+        transpose([&](int r) { return row_of[r] + k; }, put);
       } else {
         alignas(64) int8_t rest[16][64];
         const __mmask64 there = (uint64_t{1} << (d - k)) - 1;
-        for (int r = 0; r < 16; ++r) _mm512_store_si512(rest[r], _mm512_maskz_loadu_epi8(there, row_of(r) + k));
+        for (int r = 0; r < 16; ++r) _mm512_store_si512(rest[r], _mm512_maskz_loadu_epi8(there, row_of[r] + k));
         transpose([&](int r) { return rest[r]; }, put);
       }
     }
     const __m512 by = scale ? load_part(scale + i, count - i).v : _mm512_set1_ps(1);
+    const int8_t* next = i + 32 <= count ? landmark + (i + 16) * stride : nullptr;
     for (int64_t h = 0; h < heads; h += kHeads) {
       with_heads(heads - h, [&]<int Heads>() {
-        multiply_digits<Heads>(packed + h / kHeads * digits_bytes(d), columns, words, by, out + h * row + i, row);
+        multiply_digits<Heads>(packed + h / kHeads * digits_bytes(d), columns, words, by, h == 0 ? next : nullptr,
+                               stride, out + h * row + i, row);
       });
     }
   }
@@ -241,23 +248,52 @@ inline int32_t to_order(float x) {
 }
 inline float from_order(int32_t n) { return bits_to_float(static_cast<uint32_t>(n ^ ((n >> 31) & 0x7fffffff))); }
 
-int64_t pick(const float* score, int64_t count, int64_t wanted, int32_t* picked) {
-  const int64_t open = count_from(score, count, kLowest);
+// to = the scores in [from, below), then -inf up to a multiple of kSelectLanes; returns how many. `to` may be `score`.
+int64_t gather_between(const float* score, int64_t count, float from, float below, float* to) {
+  int64_t n = 0;
+#if defined(__AVX512F__)
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m512 x = _mm512_loadu_ps(score + i);
+    const __mmask16 in = _mm512_cmp_ps_mask(x, _mm512_set1_ps(from), _CMP_GE_OQ);
+    const __mmask16 both = _mm512_mask_cmp_ps_mask(in, x, _mm512_set1_ps(below), _CMP_LT_OQ);
+    _mm512_storeu_ps(to + n, _mm512_maskz_compress_ps(both, x));
+    n += __builtin_popcount(both);
+  }
+#else
+  for (int64_t i = 0; i < count; ++i) {
+    to[n] = score[i];
+    n += score[i] >= from && score[i] < below;
+  }
+#endif
+  for (int64_t i = n; i < round_up(n, kSelectLanes); ++i) to[i] = -kInfinity;
+  return n;
+}
+
+// Halves the range in which the bound lies until it parts exactly `wanted`, or two neighbouring floats; once few scores
+// are left in the range, only those are counted.
+int64_t pick(const float* score, int64_t count, int64_t wanted, float* scratch, int32_t* picked) {
   float above = kLowest, tie = kInfinity;  // taken are the scores from `above` on, and the first `ties` equal to `tie`
-  int64_t ties = 0;
-  if (open > wanted) {
+  int64_t ties = 0, from_low = count_from(score, count, kLowest), from_high = 0;
+  if (from_low > wanted) {
     int32_t low = to_order(kLowest), high = to_order(kInfinity);
-    int64_t from_high = 0;
+    const float* left = score;
+    int64_t more = count, beyond = 0;  // scores in `left`, and those above all of them
     while (high - int64_t{low} > 1) {
       const auto middle = static_cast<int32_t>((int64_t{low} + high) >> 1);
-      const int64_t n = count_from(score, count, from_order(middle));
+      const int64_t n = count_from(left, more, from_order(middle)) + beyond;
       if (n > wanted) {
         low = middle;
-        continue;
+        from_low = n;
+      } else {
+        high = middle;
+        from_high = n;
+        if (n == wanted) break;
       }
-      high = middle;
-      from_high = n;
-      if (n == wanted) break;
+      if (from_low - from_high <= more / 4) {
+        more = gather_between(left, more, from_order(low), from_order(high), scratch);
+        left = scratch;
+        beyond = from_high;
+      }
     }
     above = from_order(high);
     tie = from_order(low);

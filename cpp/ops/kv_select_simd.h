@@ -23,8 +23,8 @@ struct SelectKernels {
   // last kSelectLanes becomes -inf.
   void (*scores)(float* logits, int64_t row, int64_t heads, int64_t count, float* score);
   // Indices in ascending order of the `wanted` largest scores above -inf, the lower index of two equal ones; returns
-  // how many. picked has room for kSelectLanes more than count.
-  int64_t (*pick)(const float* score, int64_t count, int64_t wanted, int32_t* picked);
+  // how many. scratch and picked have room for kSelectLanes more than count.
+  int64_t (*pick)(const float* score, int64_t count, int64_t wanted, float* scratch, int32_t* picked);
 };
 
 FP_DECLARE_SIMD(SelectKernels, select_kernels)

@@ -5,65 +5,18 @@
 #include <string>
 #include <vector>
 
-#include "core/arena.h"
 #include "core/check.h"
 #include "core/parallel.h"
 #include "cuda/ops.h"
 #include "ops.h"
-#include "ops/linear_logprob_fused_simd.h"
-#include "ops/paged_attention_simd.h"
+#include "ops/paged_attention_products.h"
 
 namespace fastpost {
 namespace {
 
+using namespace paged;
+
 constexpr const char* kOp = "paged_attention";
-
-int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
-// Pages of keys or of values.
-struct Pool {
-  Tensor pages, table, row;
-  int64_t bytes[4];  // between pools, key heads, pages and positions
-  Pool(Tensor pages_, Tensor table_, Tensor row_) : pages(pages_), table(table_), row(row_) {
-    for (int i = 0; i < 4; ++i) bytes[i] = pages.stride(i) * itemsize(pages.dtype);
-  }
-  const int32_t* table_of(int64_t b, int64_t g) const {
-    return table.ptr<int32_t>() + (b * table.size(1) + (table.size(1) > 1 ? g : 0)) * table.size(2);
-  }
-  char* base(int64_t b, int64_t g) const {
-    const int64_t r = pages.size(0) == 1 ? 0 : row.defined() ? row.ptr<int32_t>()[b] : b;
-    return pages.ptr<char>() + r * bytes[0] + g * bytes[1];
-  }
-};
-
-struct Problem {
-  Tensor query, length, cu_seqlens, new_keys, new_values, begun_out, begun_lse, out, lse;
-  Pool keys, values;
-  LogitRule rule;
-  int64_t window;
-  int64_t heads, groups, d, page;  // groups: query heads of a key head
-  bool pairs;
-
-  int64_t first_row(int64_t b) const { return cu_seqlens.defined() ? cu_seqlens.ptr<int32_t>()[b] : b; }
-  int64_t rows(int64_t b) const { return first_row(b + 1) - first_row(b); }
-  int64_t total(int64_t b) const { return length.ptr<int32_t>()[b]; }
-  int64_t sequences() const { return length.size(0); }
-  int64_t key_heads() const { return keys.pages.size(1); }
-  // Positions that row i of sequence b sees.
-  int64_t end(int64_t b, int64_t i) const { return total(b) - (rows(b) - 1 - i); }
-  int64_t begin(int64_t b, int64_t i) const { return window > 0 ? std::max<int64_t>(0, end(b, i) - window) : 0; }
-  // Vector v of (b, g) is a query head of a row, heads of a row one after the other.
-  int64_t row_of(int64_t b, int64_t v) const { return first_row(b) + v / groups; }
-  int64_t head_of(int64_t g, int64_t v) const { return g * groups + v % groups; }
-  const char* vector(int64_t b, int64_t g, int64_t v) const {
-    return query.ptr<char>() +
-           (row_of(b, v) * query.stride(0) + head_of(g, v) * query.stride(1)) * itemsize(query.dtype);
-  }
-};
-
-int64_t query_words(const Tensor& query, bool pairs) { return up(query.size(2), pairs ? 32 : 16) / (pairs ? 2 : 1); }
-bool in_pairs(const Tensor& query) { return query.dtype == DType::BFloat16 && fused_kernels().pairs; }
 
 // ---- checks ----------------------------------------------------------------------------------------------------------
 
@@ -136,19 +89,21 @@ void check_values(const Problem& p) {
 
 // ---- work ------------------------------------------------------------------------------------------------------------
 
-// So many vectors [first, first + count) of (b, g), on positions [split·kSplit, (split + 1)·kSplit).
+// So many vectors [first, first + count) of (b, g): few on positions [split·kSplit, (split + 1)·kSplit), or a tile.
 struct Unit {
   int64_t b, g, first, count, split, part;  // part: of the partial results, in order
+  int64_t work;
 };
+constexpr int64_t kWhole = -1;  // instead of a split: a tile
 
-// Partial results of a vector: parts [count] from `first` on.
+// Partial results of a vector: parts [count] from `first` on; kWhole: a tile writes the result.
 struct Parts {
   int64_t first, count;
 };
 
 struct Plan {
   std::vector<Unit> units;
-  std::vector<Parts> parts;  // [B·G·vectors]
+  std::vector<Parts> parts;  // [T·H]
   int64_t total = 0;
 };
 
@@ -175,87 +130,68 @@ void append(const Problem& p) {
   });
 }
 
-// The positions [begin, end) of (b, g) that are there.
-struct Present {
-  const char *key[kSplit], *value[kSplit];
-  int64_t count = 0;
-  bool whole = true;
+// Few vectors are bound by memory, however long the sequence: it is cut so that all threads have some of it. A single row
+// always counts as few, as there are no others to share panels with.
+bool is_few(int64_t rows, int64_t groups) { return rows == 1 || rows * groups <= kMostFew; }
 
-  void find(const Problem& p, int64_t b, int64_t g, int64_t begin, int64_t end) {
-    const int32_t *key_table = p.keys.table_of(b, g), *value_table = p.values.table_of(b, g);
-    const char *keys = p.keys.base(b, g), *values = p.values.base(b, g);
-    count = 0;
-    for (int64_t x = begin; x < end;) {
-      const int64_t t = x / p.page, in_page = x - t * p.page, n = std::min(p.page - in_page, end - x);
-      x += n;
-      if (key_table[t] < 0 || value_table[t] < 0) continue;
-      const char* k = keys + key_table[t] * p.keys.bytes[2] + in_page * p.keys.bytes[3];
-      const char* v = values + value_table[t] * p.values.bytes[2] + in_page * p.values.bytes[3];
-      for (int64_t i = 0; i < n; ++i, k += p.keys.bytes[3], v += p.values.bytes[3]) {
-        key[count] = k;
-        value[count++] = v;
-      }
-    }
-    whole = count == end - begin;
-  }
-
-  // How many of them lie below x.
-  int32_t below(const Problem& p, int64_t b, int64_t g, int64_t begin, int64_t end, int64_t x) const {
-    if (x <= begin) return 0;
-    if (x >= end) return static_cast<int32_t>(count);
-    if (whole) return static_cast<int32_t>(x - begin);
-    const int32_t *key_table = p.keys.table_of(b, g), *value_table = p.values.table_of(b, g);
-    int64_t n = 0;
-    for (int64_t y = begin; y < x;) {
-      const int64_t t = y / p.page, next = std::min(x, (t + 1) * p.page);
-      if (key_table[t] >= 0 && value_table[t] >= 0) n += next - y;
-      y = next;
-    }
-    return static_cast<int32_t>(n);
-  }
-};
-
-// Positions that vectors [first, first + count) see at all.
-std::pair<int64_t, int64_t> span(const Problem& p, int64_t b, int64_t first, int64_t count) {
-  return {p.begin(b, first / p.groups), std::max<int64_t>(0, p.end(b, (first + count - 1) / p.groups))};
+// Vectors of a tile, whole rows of them where they fit: many, as keys are packed once for each tile; fewer where there are
+// more threads than that makes work for. What a vector gets does not depend on it.
+int64_t tile_of(const Problem& p, int64_t threads) {
+  int64_t tile = kTile;
+  while (tile > 96 && threads > 1 && p.query.size(0) * p.heads < 4 * threads * tile) tile /= 2;
+  return p.groups > tile ? kTile : tile / p.groups * p.groups;
 }
 
-Plan plan_of(const Problem& p) {
+Plan plan_of(const Problem& p, int64_t threads) {
   Plan plan;
   plan.parts.resize(p.query.size(0) * p.heads);
+  const int64_t tile = tile_of(p, threads);
   for (int64_t b = 0; b < p.sequences(); ++b) {
     const int64_t vectors = p.rows(b) * p.groups;
+    const bool few = is_few(p.rows(b), p.groups);
+    const int64_t step = few ? kMostFew : tile;
     for (int64_t g = 0; g < p.key_heads(); ++g) {
-      for (int64_t first = 0; first < vectors; first += kMostFew) {
-        const int64_t count = std::min(kMostFew, vectors - first);
+      for (int64_t first = 0; first < vectors; first += step) {
+        const int64_t count = std::min(step, vectors - first);
         const auto [begin, end] = span(p, b, first, count);
-        const int64_t splits = end > begin ? parts_of(end, kSplit) - begin / kSplit : 0;
+        const int64_t length = std::max<int64_t>(0, end - begin);
+        const int64_t splits = !few ? kWhole : length > 0 ? parts_of(end, kSplit) - begin / kSplit : 0;
         for (int64_t v = first; v < first + count; ++v) {
           plan.parts[p.row_of(b, v) * p.heads + p.head_of(g, v)] = {plan.total + (v - first) * splits, splits};
         }
+        if (!few) plan.units.push_back({b, g, first, count, kWhole, 0, count * length});
         for (int64_t s = 0; s < splits; ++s) {
-          plan.units.push_back({b, g, first, count, begin / kSplit + s, plan.total + s});
+          plan.units.push_back({b, g, first, count, begin / kSplit + s, plan.total + s, 0});
         }
-        plan.total += count * splits;
+        if (few) plan.total += count * splits;
       }
     }
   }
+  // Long ones first, so that threads end together.
+  std::stable_sort(plan.units.begin(), plan.units.end(), [](const Unit& x, const Unit& y) { return x.work > y.work; });
   return plan;
 }
 
 // Workspace: of each thread, and of all.
 struct Scratch {
+  std::vector<TileSpace> tiles;
   float *logits, *parts, *stats;
   uint32_t* query;
   int64_t part_row, query_row;
 
-  Scratch(Arena& arena, const Tensor& query_, int64_t threads, int64_t most_parts) {
+  Scratch(Arena& arena, const Tensor& query_, const Tensor& keys, const Tensor& table, int64_t threads) {
+    const int64_t t = query_.size(0), h = query_.size(1), b = table.size(0), g = keys.size(1);
     part_row = up(query_.size(2), 16);
     query_row = query_words(query_, in_pairs(query_));
     logits = arena.take<float>(threads * kMostFew * kSplit);
     query = arena.take<uint32_t>(threads * kMostFew * query_row);
-    parts = arena.take<float>(most_parts * part_row);
-    stats = arena.take<float>(most_parts * 2);
+    const int64_t most =
+        std::min(t * h, b * g * std::max(kMostFew, h / g)) * parts_of(table.size(2) * keys.size(3), kSplit);
+    parts = arena.take<float>(most * part_row);
+    stats = arena.take<float>(most * 2);
+    if (t > b || !is_few(t, h / g)) {
+      for (int64_t i = 0; i < threads; ++i) tiles.emplace_back(arena, query_);
+    }
   }
 };
 
@@ -288,6 +224,10 @@ void compute(const Problem& p, const Plan& plan, const Scratch& s, int64_t threa
     for (int64_t thread = first; thread < last; ++thread) {
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < units;) {
         const Unit& u = plan.units[i];
+        if (u.split == kWhole) {
+          attend_tile(p, s.tiles[thread], u.b, u.g, u.first, u.count);
+          continue;
+        }
         attend(p, s, u, plan.parts[p.row_of(u.b, u.first) * p.heads + p.head_of(u.g, u.first)].count, thread);
       }
     }
@@ -297,6 +237,7 @@ void compute(const Problem& p, const Plan& plan, const Scratch& s, int64_t threa
   parallel_for(vectors, grain, [&](int64_t first, int64_t last) {
     for (int64_t v = first; v < last; ++v) {
       const Parts& of = plan.parts[v];
+      if (of.count == kWhole) continue;
       const float lse =
           attention_kernels().finish(p.out.dtype, s.parts + of.first * s.part_row, s.part_row, s.stats + of.first * 2,
                                      of.count, p.begun_out.defined() ? p.begun_out.ptr<float>() + v * p.d : nullptr,
@@ -314,9 +255,8 @@ int64_t paged_attention_bytes(Tensor query, Tensor keys, Tensor key_table, int64
   expect(kOp, "keys", keys, {query.dtype}, {kAny, kAny, kAny, kAny, query.size(2)}, Layout::ContiguousRows, &query);
   expect(kOp, "table", key_table, {DType::Int32}, {kAny, kAny, kAny}, Layout::Contiguous, &query);
   if (query.device == Device::CUDA) return cuda::paged_attention_bytes(query, keys, key_table);
-  const int64_t splits = parts_of(key_table.size(2) * keys.size(3), kSplit);
   Arena arena{nullptr};
-  Scratch(arena, query, threads, query.size(0) * query.size(1) * splits);
+  Scratch(arena, query, keys, key_table, threads);
   return arena.used;
 }
 
@@ -402,9 +342,9 @@ void paged_attention(Tensor query, Tensor keys, Tensor values, Tensor key_table,
          "Ask paged_attention_bytes.");
   }
   append(p);
-  const Plan plan = plan_of(p);
+  const Plan plan = plan_of(p, threads);
   Arena arena{workspace.ptr<char>()};
-  const Scratch scratch(arena, query, threads, t * h * parts_of(key_table.size(2) * page, kSplit));
+  const Scratch scratch(arena, query, keys, key_table, threads);
   compute(p, plan, scratch, threads);
 }
 

@@ -13,6 +13,8 @@ namespace fastpost {
 constexpr int64_t kSplit = 512;
 constexpr int64_t kMostFew = 16;  // vectors of such a unit
 
+constexpr int64_t kSumLanes = 16;  // Σ p of one of many vectors is kept in so many parts
+
 // logit = softcap(scaling·q·k), softcap off when 0.
 struct LogitRule {
   float scaling, softcap;
@@ -36,6 +38,17 @@ struct AttentionKernels {
   void (*few)(bool pairs, DType dtype, PointedRows keys, PointedRows values, int64_t d, const uint32_t* query,
               int64_t query_row, int64_t m, const Seen* seen, LogitRule rule, float* logits, float* out,
               int64_t out_row, float* stats, int64_t stats_row);
+
+  // Panels of keys, whose lanes are rows and whose steps go along d: `lanes` rows each, steps·lanes words apart; and of
+  // values, whose lanes go along d and whose steps are rows or pairs of rows, panel_words apart. What is missing is zero.
+  void (*pack_across)(bool pairs, DType dtype, PointedRows rows, int64_t d, int64_t lanes, uint32_t* out);
+  void (*pack_along)(bool pairs, DType dtype, PointedRows rows, int64_t d, int64_t lanes, int64_t panel_words,
+                     uint32_t* out);
+
+  // logits [m][128], q·k of `used` more rows -> shares, p = e^(logit - max) as words [m][128 or, for pairs, 64]. Brings
+  // max [m] and sums [m][kSumLanes] up to date, and out [m][out_row] to a new maximum.
+  void (*many)(bool pairs, float* logits, int64_t m, int64_t used, const Seen* seen, LogitRule rule, int64_t d,
+               float* out, int64_t out_row, float* max, float* sums, uint32_t* shares);
 
   // Rows as words, row_words apart; what is missing in row_words is zero.
   void (*pack_rows)(bool pairs, DType dtype, PointedRows rows, int64_t d, uint32_t* out, int64_t row_words);

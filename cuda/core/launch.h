@@ -102,6 +102,12 @@ void launch(void (*kernel)(Params...), int64_t grid, int block, size_t smem, con
   launch(kernel, grid, block, smem, stream, Cluster{1}, args...);
 }
 
+// Above 48 KB of dynamic shared memory a kernel has to ask.
+template <class Kernel>
+void allow_shared(const Stream& stream, Kernel* kernel, int bytes) {
+  stream.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
 __host__ __device__ constexpr int64_t blocks_for(int64_t items, int per_block) {
   return (items + per_block - 1) / per_block;
 }

@@ -2,6 +2,8 @@
 // Reductions over a warp and over a block. The order of combinations is fixed, so results have the same bits every run.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
 #include <cstring>
 

@@ -2,6 +2,8 @@
 // Packed sequences whose bounds were not checked, because the host never sees them: nothing may lead outside [0, tokens].
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
 
 namespace fastpost::cuda {

@@ -2,6 +2,8 @@
 // Rows of float32, bfloat16 or float16 read and written 128 bits at a time, as float32 values.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
 #include <type_traits>
 

@@ -404,7 +404,7 @@ struct Outputs {
 };
 
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     select_kernel(Selecting w, Outputs out, bool shared_keys, bool shared_lists) {
   FP_DYNAMIC_SHARED(uint32_t, shared);  // keys and lists, where they have room
   constexpr int kWarps = kThreads / kWarp;

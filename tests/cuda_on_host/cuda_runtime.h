@@ -72,6 +72,11 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute,
                                  int bytes) {  // what a block of compute capability 9.0 can have
   return bytes <= 227 << 10 ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
+// Memory of the host that a GPU can read, as pinned memory is; or pageable, while set_pageable says so.
+struct cudaPointerAttributes {
+  void* devicePointer;
+};
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* pointer);
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorName(cudaError_t e) {
   return e == cudaErrorInvalidDevice ? "cudaErrorInvalidDevice" : "cudaErrorInvalidConfiguration";
@@ -103,6 +108,8 @@ int most_barriers();
 void forget_barriers();
 // What cudaDevAttrComputeCapabilityMajor says from now on; 8 at first.
 void set_capability(int major);
+// Whether the host's memory counts as pageable from now on, which it does not at first.
+void set_pageable(bool pageable);
 
 }  // namespace cuda_on_host
 

@@ -105,6 +105,7 @@ const Export exports[] = {
     {"linear_logprob_exponentials_backward", address<cuda::linear_logprob_exponentials_backward>},
     {"forward_columns", address<forward_columns>},
     {"set_capability", address<cuda_on_host::set_capability>},
+    {"set_pageable", address<cuda_on_host::set_pageable>},
     {"preference_loss", address<cuda::preference_loss>},
     {"preference_loss_backward", address<cuda::preference_loss_backward>},
     {"block_sum", address<block_sum>},

@@ -59,6 +59,7 @@ struct Machine {
   ucontext_t scheduler;
   void* scheduler_tsan = nullptr;
   int threads = 0, current = 0, skipped_barrier = -1, most_barriers = 0, capability = 8;
+  bool pageable = false;
   void (*body)(void*) = nullptr;
   void* context = nullptr;
   const char* failure = nullptr;
@@ -212,6 +213,7 @@ void skip_barrier(int n) { machine.skipped_barrier = n; }
 int most_barriers() { return machine.most_barriers; }
 void forget_barriers() { machine.most_barriers = 0; }
 void set_capability(int major) { machine.capability = major; }
+void set_pageable(bool pageable) { machine.pageable = pageable; }
 
 cudaError_t run(const cudaLaunchConfig_t& config, void (*body)(void*), void* context) {
   const dim3 grid = config.gridDim, block = config.blockDim;
@@ -276,6 +278,11 @@ uint32_t __ballot_sync(unsigned, int predicate) {
     votes |= machine.fibres[first + lane].shared_with_warp[slot] << lane;
   }
   return votes;
+}
+
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* pointer) {
+  attributes->devicePointer = machine.pageable ? nullptr : const_cast<void*>(pointer);
+  return cudaSuccess;
 }
 
 constexpr int kProcessors = 4;  // few, so that small matrices make blocks with many rows

@@ -68,6 +68,13 @@ class _Tensor(ctypes.Structure):
     ]  # fmt: skip
 
 
+class OnCpu:
+    """A tensor that says it is on the CPU; all others say they are on a GPU."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+
 class _Objective(ctypes.Structure):
     """fastpost::Objective (cpp/objectives.h)."""
 
@@ -135,6 +142,10 @@ class Core:
     def _convert(a, kept):
         if a is None:
             return _Tensor(ndim=-1)
+        if isinstance(a, OnCpu):
+            on_cpu = Core._convert(a.tensor, kept)
+            on_cpu.device = 0
+            return on_cpu
         if isinstance(a, torch.Tensor):
             sizes = (ctypes.c_int64 * (2 * a.ndim))(*a.shape, *a.stride())
             kept.append(sizes)

@@ -258,6 +258,68 @@ void kv_select(Buffers&) {  // among equal chunks, and all of them
   choose(kAll);
 }
 
+// Keys of 24 tokens, two key heads of 8, rank 8; chunks of 8. Half: bfloat16, by matrix instructions.
+struct Factors {
+  static constexpr int64_t kKeys[] = {1, 24, 16}, kGram[] = {1, 16, 16}, kDirections[] = {1, 16, 8}, kU[] = {1, 24, 8},
+                           kScale[] = {1, 24}, kSpace[] = {1 << 18}, kHeads[] = {1, 2, 24, 8}, kChunks[] = {1, 2, 3},
+                           kThrees[] = {1, 2, 3, 8}, kSixes[] = {1, 2, 6, 8}, kOfSixes[] = {1, 2, 6},
+                           kSlots[] = {1, 2, 3}, kBasis[] = {1, 2, 8, 8}, kTable[] = {1, 24, 4},
+                           kPool[] = {1, 2, 3, 8, 8};
+  std::vector<float> keys = std::vector<float>(24 * 16, 0.5f), gram = keys, directions = keys, scale = keys,
+                     basis = keys, table = keys, pool = std::vector<float>(2 * 3 * 64), values = pool;
+  std::vector<uint16_t> half_keys = std::vector<uint16_t>(24 * 16, 0x3f80), half_pool = half_keys,
+                        half_values = half_keys;
+  std::vector<uint8_t> u = std::vector<uint8_t>(24 * 16, 3), space = std::vector<uint8_t>(kSpace[0]);
+  std::vector<int32_t> chunks = {0, 1, 2, 0, 1, 2};
+
+  Tensor floats(std::vector<float>& data, auto& shape) { return view(data, shape, DType::Float32); }
+  Tensor halves(std::vector<uint16_t>& data, auto& shape) { return view(data, shape, DType::BFloat16); }
+  Tensor view_u(auto& shape) { return view(u, shape, DType::Int8); }
+  Tensor view_space() { return view(space, kSpace, DType::UInt8); }
+  void gram_of(Tensor k) { cuda::kv_factorize_gram(k, Tensor{}, view_space(), floats(gram, kGram)); }
+  void project(Tensor k) {
+    cuda::kv_factorize_project(k, Tensor{}, floats(directions, kDirections), view_space(), view_u(kU),
+                               floats(scale, kScale));
+  }
+  void reconstruct(Tensor v, Tensor keys_out, Tensor pool_out) {
+    cuda::kv_reconstruct(view_u(kU), floats(scale, kScale), floats(basis, kBasis), floats(table, kTable),
+                         floats(table, kTable), Tensor{}, view(chunks, kSlots, DType::Int32), Tensor{}, Tensor{}, v,
+                         Tensor{}, Tensor{}, keys_out, pool_out);
+  }
+};
+void kv_factorize_gram(Buffers&) {
+  Factors f;
+  f.gram_of(f.floats(f.keys, Factors::kKeys));
+}
+void kv_factorize_gram_half(Buffers&) {
+  Factors f;
+  f.gram_of(f.halves(f.half_keys, Factors::kKeys));
+}
+void kv_factorize_project(Buffers&) {
+  Factors f;
+  f.project(f.floats(f.keys, Factors::kKeys));
+}
+void kv_factorize_project_half(Buffers&) {
+  Factors f;
+  f.project(f.halves(f.half_keys, Factors::kKeys));
+}
+void kv_landmarks(Buffers&) {  // by either kernel
+  Factors f;
+  cuda::kv_landmarks(f.halves(f.half_keys, Factors::kHeads), Tensor{}, 8, f.view_u(Factors::kThrees),
+                     f.floats(f.scale, Factors::kChunks), f.floats(f.gram, Factors::kChunks));
+  cuda::kv_landmarks(f.halves(f.half_keys, Factors::kHeads), Tensor{}, 4, f.view_u(Factors::kSixes),
+                     f.floats(f.scale, Factors::kOfSixes), f.floats(f.gram, Factors::kOfSixes));
+}
+void kv_reconstruct(Buffers&) {
+  Factors f;
+  f.reconstruct(f.floats(f.values, Factors::kPool), f.floats(f.pool, Factors::kPool), f.floats(f.gram, Factors::kPool));
+}
+void kv_reconstruct_half(Buffers&) {
+  Factors f;
+  f.reconstruct(f.halves(f.half_values, Factors::kPool), f.halves(f.half_pool, Factors::kPool),
+                f.halves(f.half_keys, Factors::kPool));
+}
+
 struct Entry {
   const char* name;
   void (*run)(Buffers&);
@@ -290,6 +352,13 @@ constexpr Entry kEntries[] = {
     {"paged_attention_half", paged_attention_half<false>},
     {"paged_attention_half_prompt", paged_attention_half<true>},
     {"kv_select", kv_select},
+    {"kv_factorize_gram", kv_factorize_gram},
+    {"kv_factorize_gram_half", kv_factorize_gram_half},
+    {"kv_factorize_project", kv_factorize_project},
+    {"kv_factorize_project_half", kv_factorize_project_half},
+    {"kv_landmarks", kv_landmarks},
+    {"kv_reconstruct", kv_reconstruct},
+    {"kv_reconstruct_half", kv_reconstruct_half},
 };
 
 int races = 0;

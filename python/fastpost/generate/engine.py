@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
-from fastpost.generate import paged_cache, sampling
+from fastpost.generate import paged_cache, probe, sampling
 from fastpost.generate.handle import Handle
+from fastpost.generate.limits import Limits
 from fastpost.generate.pages import Pages
 from fastpost.generate.request import Completion, Request, Sampling
 from fastpost.generate.schedule import Part, Scheduler
@@ -54,7 +55,6 @@ class Engine:
         self.model, self.tokenizer, self.device = model, tokenizer, model.device
         self.eos = end_tokens(model, tokenizer)
         self.max_length = longest(model)
-        self.vocab = model.get_input_embeddings().weight.shape[0]
         self._takeover = Takeover(model)
         self._takeover.apply()
         try:
@@ -76,6 +76,7 @@ class Engine:
             self._takeover.undo()
             raise
         self.pages = Pages(pages, page, keep=reuse_prefix)
+        self.limits = Limits(model.get_input_embeddings().weight.shape[0], self.max_length, pages, page)
         self._schedule = Scheduler(self.pages, max_batch, prefill_tokens)
         self.max_batch = max_batch
         self._arrivals = itertools.count()
@@ -90,17 +91,12 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raises ValueError when the request could never run: empty prompt, ids out of the vocabulary, too long for
         the model or for the cache."""
-        ids = request.prompt
-        if not ids:
+        if not request.prompt:
             raise ValueError("[Engine] prompt: expected at least one token id, got none. Leave the request out.")
-        if min(ids) < 0 or max(ids) >= self.vocab:
-            wrong = next(t for t in ids if not 0 <= t < self.vocab)
-            raise ValueError(
-                f"[Engine] prompt: expected token ids in [0, {self.vocab}), got {wrong}. Use the model's own tokenizer."
-            )
+        self.limits.ids("prompt", request.prompt)
         if request.sampling.stop and self.tokenizer is None:
             raise ValueError("[Engine] stop: expected a tokenizer to find it with, got none. Give the engine one.")
-        self._check_length(len(ids), request.sampling)
+        self.limits.prompt(len(request.prompt), request.sampling)
 
     def submit(self, request: Request) -> list[Handle]:
         """Put a request in the queue -> its sampling.n handles. Raises ValueError as `check` does."""
@@ -243,11 +239,10 @@ class Engine:
         """Listeners come last: whatever they do or raise, the sequences have their tokens."""
         error = None
         for handle, token in told:
-            if handle.listener is not None:
-                try:
-                    handle.piece([token])
-                except Exception as raised:
-                    error = error or raised
+            try:
+                handle.piece([token])
+            except Exception as raised:
+                error = error or raised
         if error is not None:
             raise error
 
@@ -270,8 +265,7 @@ class Engine:
                 self._schedule.share(handle, heirs[0])
                 self._lead(heirs)
             self._end(handle, "cancelled")
-            if handle.listener is not None:
-                handle.piece([])
+            handle.piece([])
         return handle.completion()
 
     def prune(self, handles: Iterable[Handle], keep: Iterable[Handle]) -> list[Completion]:
@@ -285,7 +279,7 @@ class Engine:
         sequence, too (what its pages held is computed anew where they are gone)."""
         self._expect_open()
         s = sampling or handle.sampling
-        self._expect_room(handle, s, 0)
+        self.limits.room(handle, s, 0)
         arrival = handle.order[0]
         index = next(self._indices.setdefault(arrival, itertools.count(handle.sampling.n)))
         made = Handle(self.tokenizer, handle.id, index, handle.prompt, s, (arrival, index), handle.listener)
@@ -303,7 +297,7 @@ class Engine:
                 f"[Engine] rollback: expected 0 to {len(handle.token_ids)} tokens, got {n_tokens}. The prompt stays."
             )
         if sampling is not None:
-            self._expect_room(handle, sampling, -n_tokens)
+            self.limits.room(handle, sampling, -n_tokens)
         handle.forget(n_tokens)
         if sampling is not None:
             handle.set_sampling(sampling)
@@ -315,9 +309,8 @@ class Engine:
         self._expect_running(handle, "extend")
         if handle.siblings or handle.leader is not None:
             raise ValueError("[Engine] extend: expected a prompt that is computed, got a waiting one. Step first.")
-        if any(not 0 <= t < self.vocab for t in token_ids):
-            raise ValueError(f"[Engine] extend: expected token ids in [0, {self.vocab}), got {list(token_ids)}.")
-        self._expect_room(handle, handle.sampling, len(token_ids))
+        self.limits.ids("extend", token_ids)
+        self.limits.room(handle, handle.sampling, len(token_ids))
         for token in token_ids:
             handle.append(token)
             handle.logprobs.append(None)
@@ -333,65 +326,13 @@ class Engine:
         [n, V], in one forward where pages allow."""
         self._expect_open()
         handles = [handle] if isinstance(handle, Handle) else list(handle)
-        if any(not 0 <= t < self.vocab for t in token_ids):
-            raise ValueError(f"[Engine] probe: expected token ids in [0, {self.vocab}), got {list(token_ids)}.")
-        forks = []
-        for i, h in enumerate(handles):
-            fork = Handle(None, h.id, h.index, h.prompt, Sampling(), (-1, i), None)
-            fork.token_ids = h.token_ids + list(token_ids)
-            if len(fork) > self.max_length:
-                raise ValueError(
-                    f"[Engine] probe: expected at most {self.max_length} tokens, got {len(fork)}. Probe with fewer."
-                )
-            forks.append(fork)
-        rows: list[torch.Tensor] = []
-        while len(rows) < len(forks):
-            rows += self._probe(handles[len(rows) :], forks[len(rows) :])
-        self._counts["probes"] += len(forks)
-        logits = torch.stack(rows).float().log_softmax(-1)
+        self.limits.ids("probe", token_ids)
+        logits = probe.logits(handles, list(token_ids), self.limits, self._schedule, self.cache, self._forward)
+        self._counts["probes"] += len(handles)
+        found = logits.float().log_softmax(-1)
         if choices is not None:
-            logits = logits[:, list(choices)]
-        return logits[0] if isinstance(handle, Handle) else logits
-
-    def _probe(self, handles: list[Handle], forks: list[Handle]) -> list[torch.Tensor]:
-        """Logits of the first so many as have pages together."""
-        held: list[Handle] = []
-        rows: dict[int, torch.Tensor] = {}
-        copies: list[tuple[int, int]] = []
-        try:
-            for source, fork in zip(handles, forks, strict=True):
-                if source.cached:
-                    self._schedule.share(source, fork)
-                else:
-                    self._schedule.find(fork)
-                held.append(fork)
-                if not self._schedule.reserve(fork, len(fork) - fork.cached, copies):
-                    held.pop()
-                    self._schedule.release(fork)
-                    break
-            if not held:
-                raise ValueError(
-                    f"[Engine] probe: expected free pages for what {len(forks[0])} tokens do not share, got "
-                    f"{self.pages.available}. Give the engine more pages or memory, or cancel sequences."
-                )
-            if copies:
-                self.cache.copy(copies)
-            while len(rows) < len(held):
-                budget, parts = self._schedule.prefill_tokens, []
-                for fork in held:
-                    count = min(len(fork) - fork.cached, budget)
-                    if count:
-                        parts.append(Part(fork, count))
-                        budget -= count
-                asked = [i for i, (fork, n) in enumerate(parts) if fork.cached + n == len(fork)]
-                logits = self._forward(parts, asked)
-                for fork, n in parts:
-                    fork.cached += n
-                rows |= {id(parts[i].handle): logits[row] for row, i in enumerate(asked)}
-            return [rows[id(fork)] for fork in held]
-        finally:
-            for fork in held:
-                self._schedule.release(fork)
+            found = found[:, list(choices)]
+        return found[0] if isinstance(handle, Handle) else found
 
     # ---- state
 
@@ -414,32 +355,6 @@ class Engine:
                 f"[Engine] {what}: expected a sequence that goes on, got one that ended ({handle.finish_reason}). "
                 "Fork it to go on from there."
             )
-
-    def _check_length(self, known: int, s: Sampling) -> None:
-        if known >= self.max_length:
-            raise ValueError(
-                f"[Engine] prompt: expected fewer than the model's {self.max_length} positions, got {known} tokens. "
-                "Shorten it."
-            )
-        # The last token that is sampled needs no place.
-        most = min(known + s.max_new_tokens - 1, self.max_length)
-        if -(-most // self.pages.size) > self.pages.count:
-            raise ValueError(
-                f"[Engine] prompt, max_new_tokens: expected at most {self.pages.count * self.pages.size} positions "
-                f"({self.pages.count} pages of {self.pages.size}), got {most}. Give the engine more pages or memory, "
-                "or ask for fewer tokens."
-            )
-
-    def _expect_room(self, handle: Handle, s: Sampling, more: int) -> None:
-        """For `more` tokens and at least one after them."""
-        have = len(handle.token_ids) + more
-        if have >= s.max_new_tokens or len(handle) + more >= self.max_length:
-            limit = min(s.max_new_tokens, self.max_length - len(handle.prompt))
-            raise ValueError(
-                f"[Engine] max_new_tokens: expected more than the {have} tokens that the answer has, got {limit}. "
-                "Raise it in the sampling."
-            )
-        self._check_length(len(handle.prompt), s)
 
     def stats(self) -> dict:
         """steps, prompt_tokens (computed), reused_tokens (taken from kept pages instead), new_tokens, finished,

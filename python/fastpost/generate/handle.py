@@ -135,7 +135,9 @@ class Handle:
         self.pages[i] = self.table[i] = page
 
     def piece(self, token_ids: list[int]) -> None:
-        """Tell the listener, who must be there."""
+        """Tell the listener, if there is one."""
+        if self.listener is None:
+            return
         text = self._text.fresh(last=self.finish_reason is not None) if self._text is not None else ""
         self.listener(Piece(self.id, self.index, tuple(token_ids), text, self.finish_reason))
 

@@ -26,6 +26,10 @@ class Rope:
     """
 
     def __init__(self, config) -> None:
+        if getattr(config, "kv_lora_rank", None):
+            _refuse(config, "keys that are factors already (multi-head latent attention)")
+        if config.model_type == "diffllama":  # a cache that attends by itself would never hear of it
+            _refuse(config, "values that are rearranged between cache and attention")
         module = _modeling_module(config)
         apply = getattr(module, "apply_rotary_pos_emb", None)
         names = [n for n in vars(module) if n.endswith("RotaryEmbedding") and "Vision" not in n]

@@ -108,11 +108,11 @@ def _encoded(tokenizer, prompt: Prompt, i: int) -> list[int]:
     return ids
 
 
-def encode(tokenizer, prompt: Prompt) -> list[int]:
+def encode(tokenizer, prompt: Prompt, **arguments) -> list[int]:
     """Token ids of a prompt, up to where the model's own words begin. A rendered template is tokenised without a
-    second BOS."""
+    second BOS; `arguments` go to it."""
     if isinstance(prompt, str) and not tokenizer.chat_template:
         return tokenizer(prompt)["input_ids"]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **arguments)
     return tokenizer(text, add_special_tokens=False)["input_ids"]

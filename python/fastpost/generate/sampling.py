@@ -61,13 +61,13 @@ def choose(logits: torch.Tensor, rows: list[Row]) -> Chosen:
     wishes = [row.sampling for row in rows]
     if not any(s.temperature or s.repetition_penalty != 1 or s.logits_callback or s.logprobs is not None
                for s in wishes):  # fmt: skip
-        return Chosen(logits.argmax(-1).tolist())
+        return Chosen(_greedy(logits).tolist())
     adjusted = _adjust(logits, rows)
     tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     drawn = torch.full((len(rows),), torch.nan, dtype=torch.float64, device=logits.device)
     greedy = [i for i, s in enumerate(wishes) if not s.temperature]
     if greedy:
-        tokens[greedy] = _pick(adjusted, greedy).argmax(-1)
+        tokens[greedy] = _greedy(_pick(adjusted, greedy))
     filtered = [i for i, s in enumerate(wishes) if s.temperature and (s.top_k or s.top_p < 1 or s.min_p)]
     plain = [i for i, s in enumerate(wishes) if s.temperature and not (s.top_k or s.top_p < 1 or s.min_p)]
     for which, ask in ((plain, _draw_plain), (filtered, _draw_filtered)):
@@ -84,6 +84,22 @@ def choose(logits: torch.Tensor, rows: list[Row]) -> Chosen:
 
 def _pick(rows: torch.Tensor, which: list[int]) -> torch.Tensor:
     return rows if len(which) == rows.shape[0] else rows[which]
+
+
+def _greedy(logits: torch.Tensor) -> torch.Tensor:
+    best, ids = logits.max(-1)
+    _expect_numbers(best)
+    return ids
+
+
+def _expect_numbers(values: torch.Tensor) -> None:
+    """One of each row, NaN if any of its logits is."""
+    broken = values.isnan()
+    if broken.any():
+        raise ValueError(
+            f"[generate] logits: expected numbers, got NaN in {int(broken.sum())} of {len(broken)} rows. The model's "
+            "weights or a logits callback are broken."
+        )
 
 
 def _adjust(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
@@ -120,6 +136,7 @@ def _invert(weights: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch
     """(column that number u [R] falls on, log of its share) for weights [R, K]."""
     sums = weights.cumsum(-1, dtype=torch.float64)
     total = sums[:, -1:]
+    _expect_numbers(total)
     # Rounding must not carry u · total up to total: beyond the last column that weighs anything.
     x = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     column = torch.searchsorted(sums, x, right=True)
@@ -145,9 +162,11 @@ def candidates(weights: torch.Tensor, wishes: list[Sampling]) -> tuple[torch.Ten
     vocab = weights.shape[1]
     # Tokens below (1 - top_p) / V of the total weigh less than 1 - top_p together, so that top-p leaves none of them.
     # Half of that bounds the rounding of the sum. Top-k renormalises first; the k-th is its own bound.
-    total = weights.sum(-1).tolist()
+    total = weights.sum(-1)
+    _expect_numbers(total)
+    total = total.tolist()
     least = [
-        max(0.0 if s.top_k else 0.5 * (1 - s.top_p) / vocab * t, s.min_p * (1 - 1e-6))
+        max(0.0 if s.top_k else 0.5 * (1 - s.top_p) / vocab * t, 0.0 if s.top_k and s.top_p < 1 else s.min_p)
         for s, t in zip(wishes, total, strict=True)
     ]
     least = torch.tensor(least, dtype=torch.float32, device=weights.device)

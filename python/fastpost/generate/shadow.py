@@ -87,13 +87,13 @@ class ShadowCache(Cache):
             if kind != "full_attention":
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**option))
                 continue
-            heads, dim = _shape(text.per_layer_config[index])
+            heads, dim = self.shape_of(text, index)
             width = heads * dim
             r = max(1, round(width * SHARE)) if rank is None else rank
             if not 1 <= r <= width:
                 raise ValueError(
-                    f"[{WHO}] rank: expected 1 to {width}, the width of the keys of layer {index} ({heads} key heads of "
-                    f"{dim}), got {rank}. rank=None takes {max(1, round(width * SHARE))}, ShadowKV's proportion."
+                    f"[{WHO}] rank: expected 1 to {width}, the width of the keys of layer {index} ({heads} key heads "
+                    f"of {dim}), got {rank}. rank=None takes {max(1, round(width * SHARE))}, ShadowKV's proportion."
                 )
             sizes = Sizes(heads, dim, r, budget // chunk, chunk, local, outliers, bits, value_bits,
                           generated == "fold", rotates(text, index))  # fmt: skip
@@ -101,6 +101,14 @@ class ShadowCache(Cache):
         super().__init__(layers=layers)
         self.file = file
         take_over(config)
+
+    @staticmethod
+    def shape_of(config, layer: int = 0) -> tuple[int, int]:
+        """(key heads, head size) of a layer, by the model's config: their product is the width of its keys."""
+        text = config.get_text_config(decoder=True).per_layer_config[layer]
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        dim = getattr(text, "head_dim", None) or getattr(text, "kv_channels", None)  # JetMoE's name
+        return heads, dim or text.hidden_size // text.num_attention_heads
 
     @property
     def shadow_layers(self) -> list[ShadowLayer]:
@@ -169,13 +177,11 @@ class ShadowCache(Cache):
     # ---- fewer tokens ----
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take off the last tokens (a negative number, as in transformers) of all rows. In the dense tail that leaves no
-        trace. Below it the prompt is cut at a chunk, and the tokens of the last, partial chunk come back as dense ones,
-        with the keys that their factors make."""
+        """Take off the last tokens (a negative number, as in transformers) of all rows. In the dense tail that leaves
+        no trace. Below it the prompt is cut at a chunk, and the tokens of the last, partial chunk come back as dense
+        ones, with the keys that their factors make."""
         if tokens_to_remove > 0:
-            raise ValueError(
-                f"[{WHO}] crop: expected minus the number of tokens to take off, got {tokens_to_remove}."
-            )
+            raise ValueError(f"[{WHO}] crop: expected minus the number of tokens to take off, got {tokens_to_remove}.")
         columns, old = self.rows.columns, list(self.rows.counts)
         if tokens_to_remove and -tokens_to_remove >= columns:
             self.reset()
@@ -232,13 +238,6 @@ class ShadowCache(Cache):
         size = first.dtype.itemsize if first.is_initialized else 2
         result["dense_per_token_layer"] = max(2 * la.sizes.heads * la.sizes.dim * size for la in self.shadow_layers)
         return result
-
-
-def _shape(config) -> tuple[int, int]:
-    """(key heads, head size) of a layer, by its config."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or getattr(config, "kv_channels", None)
-    return heads, dim or config.hidden_size // config.num_attention_heads
 
 
 def _check(budget, chunk, local, outliers, bits, value_bits, generated, dense_below) -> None:

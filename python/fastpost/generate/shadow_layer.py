@@ -23,8 +23,8 @@ UNUSUAL = 2.0  # a folded chunk stays exact if its error is so many times that o
 
 
 class ShadowLayer(SelfAttendingLayer):
-    """Rows are those of the batch; `store` has the compressed prompts that they read. Per row: slots for the chunks that
-    were chosen last, slots for the chunks that stay exact, and a dense tail of local and new tokens."""
+    """Rows are those of the batch; `store` has the compressed prompts that they read. Per row: slots for the chunks
+    that were chosen last, slots for the chunks that stay exact, and a dense tail of local and new tokens."""
 
     is_croppable = True
     is_sliding = False
@@ -38,6 +38,7 @@ class ShadowLayer(SelfAttendingLayer):
 
     def reset(self) -> None:
         self.columns = 0
+        self.entered: Step | None = None  # the forward that it attends in, or did last
         self.is_initialized = self.waiting = False
         self.store: Store | None = None
         self.resident = self.kept = self.fixed = self.slots = self.slot_values = self.fold_error = None
@@ -102,7 +103,7 @@ class ShadowLayer(SelfAttendingLayer):
 
     def _prompt(self, query, key, value, step: Step, options) -> torch.Tensor:
         """The first input: dense attention of each row, then straight into factors what shall be compressed."""
-        batch, _, tokens, _ = query.shape
+        batch = len(query)
         if step.real is None:
             out = causal(query, key, value, **options).transpose(1, 2)
             of_row = [slice(None)] * batch
@@ -121,7 +122,11 @@ class ShadowLayer(SelfAttendingLayer):
         for b, where in enumerate(of_row):
             k, v = key[b, :, where], value[b, :, where]
             if cut[b]:
-                self._compress(b, k[:, : cut[b]], v[:, : cut[b]])
+                equal = self.rows.source.index(self.rows.source[b])
+                if equal == b:
+                    self._compress(b, k[:, : cut[b]], v[:, : cut[b]])
+                else:
+                    self._take_over_row(b, equal)
             self.tail_keys[b, :, : step.new[b] - cut[b]] = k[:, cut[b] :]
             self.tail_values[b, :, : step.new[b] - cut[b]] = v[:, cut[b] :]
         return out
@@ -239,7 +244,7 @@ class ShadowLayer(SelfAttendingLayer):
         s = self.sizes
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         if self.store is None:
-            self.store = Store(s, batch, chunks, like, self.file)
+            self.store = Store(s, self.rows.prompts, chunks, like, self.file)
             self.store.own(self)
 
             def new(*shape, fill):
@@ -277,6 +282,11 @@ class ShadowLayer(SelfAttendingLayer):
             self.fold_error[row] = -1.0
         self.kept[row, :, : outliers.shape[1]] = outliers
         self._fill(row, 0, outliers, keys, values)
+
+    def _take_over_row(self, row: int, other: int) -> None:
+        for pool in (self.resident, self.kept, self.fixed, self.slots, self.slot_values, self.fold_error):
+            if pool is not None:
+                pool[row] = pool[other]
 
     def _fill(self, row: int, place: int, chunks: torch.Tensor, keys, values) -> None:
         """Put `chunks` [G, n] of these keys and values into the slots that stay, from `place` on."""
@@ -395,8 +405,9 @@ class ShadowLayer(SelfAttendingLayer):
 
 
 def causal(query, key, value, *, scaling, softcap) -> torch.Tensor:
-    """[B, H, T, d] on [B, G, T, d], dense."""
-    if softcap is None:
+    """[B, H, T, d] on [B, G, T, d], dense. On a CPU paged_attention takes 0.4 times what torch's does (bfloat16, 4096
+    tokens, heads of 64); the keys are one page of T tokens."""
+    if query.is_cuda and softcap is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1, scale=scaling,
                                               enable_gqa=query.shape[1] != key.shape[1])  # fmt: skip
     batch, _, tokens, _ = query.shape

@@ -16,7 +16,7 @@ WHO = "ShadowCache"
 FOLD = 8  # chunks that are folded at a time: the ops cost the same for one
 
 
-@dataclass
+@dataclass(eq=False)
 class Step:
     """One forward: T new columns for B rows, of which row b has new[b] real tokens."""
 
@@ -70,11 +70,12 @@ class Rows:
                 )
             self.step = self._plan(batch, tokens, padding, position_ids, like)
             self.columns += tokens
-        elif self.step is None or layer.columns + tokens != self.columns or tokens != self.step.tokens:
+        elif self.step in (None, layer.entered) or (layer.columns + tokens, tokens) != (self.columns, self.step.tokens):
             raise ValueError(
                 f"[{WHO}] layer {layer.index} has {layer.columns} tokens and got {tokens} more where the others have "
                 f"{self.columns}: a forward was interrupted. Call reset()."
             )
+        layer.entered = self.step
         return self.step
 
     def _plan(self, batch: int, tokens: int, padding, position_ids, like: torch.Tensor) -> Step:
@@ -84,8 +85,8 @@ class Rows:
             self.source, self.prompts = list(range(batch)), batch
         if batch != len(self.length):
             raise ValueError(
-                f"[{WHO}] batch: expected {len(self.length)} rows, which the cache holds, got {batch}. Call reset(), or "
-                "batch_repeat_interleave, batch_select_indices or fork for other rows."
+                f"[{WHO}] batch: expected {len(self.length)} rows, which the cache holds, got {batch}. Call reset(), "
+                "or batch_repeat_interleave, batch_select_indices or fork for other rows."
             )
         real = self._real(tokens, padding, like)
         new = [tokens] * batch if real is None else real.sum(1).tolist()
@@ -106,13 +107,14 @@ class Rows:
         counts = list(self.counts)
         after = []
         if first and tokens > 1:
+            self._find_equal(like, real)
             after = [(row, 0, count) for row, count in self._to_compress(self.length)]
         elif self.fold:
             spare = [(n - c * self.chunk) // self.chunk - self.local for n, c in zip(self.length, counts)]
             after = [(row, counts[row], counts[row] + m)
                      for row, m in enumerate(spare) if counts[row] and m >= FOLD]  # fmt: skip
         unshare = None
-        if (before or after) and (self.source != list(range(batch)) or self.prompts != batch):
+        if not first and (before or after) and (self.source != list(range(batch)) or self.prompts != batch):
             unshare, self.source, self.prompts = self.source, list(range(batch)), batch
         for row, _, count in after:
             self.counts[row] = count
@@ -121,8 +123,8 @@ class Rows:
     def _step(self, tokens, new, first, real, before, after, unshare, counts, device) -> Step:
         old, chunk = self.step, self.chunk
         tails = [n - c * chunk for n, c in zip(self.length, counts)]
-        if (old is not None and tokens == old.tokens == 1 and real is None and not (before or old.after)
-                and old.real is None):  # fmt: skip
+        usual = old is not None and tokens == old.tokens == 1 and real is None and old.real is None
+        if usual and not (before or unshare or old.after):
             old.length.add_(1)  # no new tensors, and nothing to copy to the device, in the usual step
             return Step(1, new, False, None, None, None, before, after, unshare, counts, old.count, old.source,
                         old.length, max(tails))  # fmt: skip
@@ -150,6 +152,15 @@ class Rows:
             return None  # looking would wait for the GPU; a token that is generated is real
         real = padding[:, -tokens:].bool()
         return None if bool(real.all()) else real
+
+    def _find_equal(self, keys: torch.Tensor, real: torch.Tensor | None) -> None:
+        """Rows that follow a row with the same tokens (beams, several samples) read its prompt. The first layer's keys
+        tell: they are the same for no other tokens at these positions."""
+        self.source = [0]
+        for b in range(1, len(keys)):
+            equal = torch.equal(keys[b], keys[b - 1]) and (real is None or torch.equal(real[b], real[b - 1]))
+            self.source.append(self.source[-1] + (not equal))
+        self.prompts = self.source[-1] + 1
 
     def _to_compress(self, length: list[int]) -> list[tuple[int, int]]:
         """Rows that are dense and long enough, with how many chunks of them to compress."""

@@ -36,8 +36,8 @@ class Sizes:
 
 
 class Store:
-    """Compressed prompts [P, ...] with room for `chunks` chunks each. Rows of a batch, forks and beams read it together;
-    who writes must be its only owner (`owned`)."""
+    """Compressed prompts [P, ...] with room for `chunks` chunks each. Rows of a batch, forks and beams read it
+    together; who writes must be its only owner (`owned`)."""
 
     def __init__(self, sizes: Sizes, prompts: int, chunks: int, like: torch.Tensor, file: ValueFile | None) -> None:
         self.sizes, self.prompts, self.chunks, self.like, self.file = sizes, prompts, chunks, like.new_empty(0), file

@@ -16,6 +16,14 @@ def decode(tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def _special(tokenizer, text: str) -> int | None:
+    """The id of a token that is written so and that no text shows."""
+    found = tokenizer.convert_tokens_to_ids(text)
+    if isinstance(found, int) and found != tokenizer.unk_token_id and not decode(tokenizer, [found]):
+        return found
+    return None
+
+
 class Text:
     """`push` tokens; `text` is what they say, cut before the first stop string, `stopped` that string."""
 
@@ -28,15 +36,20 @@ class Text:
         # depend on the one before it (spaces).
         self._begin = self._read = 0
         self._longest = max(map(len, stop), default=0)
+        self._special = {i: s for s in stop if (i := _special(tokenizer, s)) is not None}
 
     def push(self, ids: list[int], *, last: bool = False) -> bool:
         """Take in tokens -> whether a stop string has come. `last`: none follow, so incomplete bytes are said too."""
         for token in ids:
             if self.stopped is not None:
                 break
+            if token in self._special:
+                self._say(last=True)
+                self.stopped = self.stopped or self._special[token]
+                break
             self._ids.append(token)
             self._say(last=False)
-        if last and self.stopped is None and self._read < len(self._ids):
+        if last and self.stopped is None:
             self._say(last=True)
         return self.stopped is not None
 
@@ -50,6 +63,8 @@ class Text:
         return piece
 
     def _say(self, *, last: bool) -> None:
+        if self._read == len(self._ids):
+            return
         said = decode(self.tokenizer, self._ids[self._begin : self._read])
         now = decode(self.tokenizer, self._ids[self._begin :])
         if now.endswith(BROKEN) and not last and len(self._ids) - self._read < PATIENCE:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values of a compressed prompt, chunk by chunk: in host memory (pinned where the model is on a GPU), in a memory-mapped
-file, or in int8 with a scale for each token."""
+"""Values of a compressed prompt, chunk by chunk: in host memory (pinned where the model is on a GPU), in a
+memory-mapped file, or in int8 with a scale for each token."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ the layer's `attend`. With any other cache, or none, it does what "fastpost_pack
 from __future__ import annotations
 
 import threading
+import weakref
 from abc import abstractmethod
 
 import torch
@@ -24,7 +25,8 @@ NAME = "fastpost_cached"
 
 
 _latest = threading.local()
-"""`layer`: the one whose update was the last; for models that make other tensors of the keys before they attend."""
+"""`layer`: a weak reference to the one whose update was the last; for models that make other tensors of the keys before
+they attend. Weak, so that a cache goes when its owner drops it."""
 
 
 class CachedLength(int):
@@ -61,7 +63,7 @@ class SelfAttendingLayer(CacheLayerMixin):
             )
         self.waiting = True
         key = key_states.detach()
-        key.fastpost_layer = _latest.layer = self
+        key.fastpost_layer, _latest.layer = self, weakref.ref(self)
         return key, value_states
 
     @abstractmethod
@@ -84,9 +86,9 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, v
               softcap: float | None = None, position_ids: torch.Tensor | None = None, **kwargs):  # fmt: skip
     """As transformers calls it -> (output [B, T, H, d], None)."""
     layer, repeats = getattr(key, "fastpost_layer", None), 1
-    if layer is None and type(module).__name__ == "JetMoeAttention" and getattr(_latest, "layer", None):
-        layer, repeats = _latest.layer, module.top_k
-        layer = layer if layer.waiting else None
+    if layer is None and type(module).__name__ == "JetMoeAttention" and hasattr(_latest, "layer"):
+        layer, repeats = _latest.layer(), module.top_k
+        layer = layer if layer is not None and layer.waiting else None
     if layer is None:
         return packed.attention(module, query, key, value, attention_mask, scaling=scaling,
                                 sliding_window=sliding_window, softcap=softcap, position_ids=position_ids,

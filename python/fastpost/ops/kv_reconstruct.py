@@ -48,8 +48,9 @@ def kv_reconstruct(
         ValueError: wrong dtype, shape, layout or device; an input that requires grad.
     """
     if USE_REFERENCE:
-        return reference.kv_reconstruct(u, basis, chunks, keys, scale=scale, cos=cos, sin=sin, source=source, slots=slots,
-                                        fresh=fresh, values=values, value_scale=value_scale, value_pool=value_pool)  # fmt: skip
+        return reference.kv_reconstruct(u, basis, chunks, keys, scale=scale, cos=cos, sin=sin, source=source,
+                                        slots=slots, fresh=fresh, values=values, value_scale=value_scale,
+                                        value_pool=value_pool)  # fmt: skip
     tensors = (u, basis, chunks, keys, scale, cos, sin, source, slots, fresh, values, value_scale, value_pool)
     if may_skip_dispatcher(*tensors):
         return _reconstruct(*tensors)

@@ -60,21 +60,21 @@ def paged_attention(
             value_row=value_row, new_keys=new_keys, new_values=new_values, begun=begun, scaling=scaling,
             softcap=softcap, window=window, return_lse=return_lse, out_dtype=out_dtype,
         )  # fmt: skip
-    begun_out, begun_lse = (None, None) if begun is None else begun
+    if not (begun is None or (isinstance(begun, tuple) and len(begun) == 2)):
+        raise ValueError(f"[paged_attention] begun: expected a pair (out, lse), got {type(begun).__name__}.")
     tensors = (query, keys, values, table, length, value_table, cu_seqlens, key_row, value_row, new_keys, new_values,
-               begun_out, begun_lse)  # fmt: skip
-    for x in tensors:
-        if x is not None and (type(x) is not torch.Tensor or x.device != query.device or x.requires_grad):
-            _explain(*tensors)
-            break
+               *(begun or (None, None)))  # fmt: skip
+    skip = may_skip_dispatcher(*tensors)
+    if not skip:
+        _explain(*tensors)
     if out_dtype not in (None, query.dtype, torch.float32):
         raise ValueError(f"[paged_attention] out_dtype: expected None, {query.dtype} or float32, got {out_dtype}.")
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
-    rest = (scaling, softcap or 0.0, window or 0, return_lse, out_dtype == torch.float32)
-    if may_skip_dispatcher(query):
+    rest = (query.shape[-1] ** -0.5 if scaling is None else scaling, softcap or 0.0, window or 0, return_lse,
+            out_dtype == torch.float32)  # fmt: skip
+    if skip:
         out, lse = _forward(*tensors, *rest)
-    elif new_keys is None:
+        return (out, lse) if return_lse else out
+    if new_keys is None and new_values is None:
         out, lse = _op(*tensors[:9], *tensors[11:], *rest)
     else:
         out, lse = _append_op(*tensors, *rest)
@@ -93,29 +93,29 @@ def _explain(query, keys, values, table, length, value_table, cu_seqlens, key_ro
 
 def _forward(query, keys, values, table, length, value_table, cu_seqlens, key_row, value_row, new_keys, new_values,
              begun_out, begun_lse, scaling, softcap, window, with_lse, wide):  # fmt: skip
-    out, lse = _outputs(query, with_lse, wide)
+    """lse is None without with_lse."""
+    out = torch.empty_like(query, dtype=torch.float32 if wide else None, memory_format=torch.contiguous_format)
+    lse = query.new_empty(query.shape[:2], dtype=torch.float32) if with_lse else None
     bytes = _core.paged_attention_bytes(query, keys, table, torch.get_num_threads())
-    workspace = torch.empty(bytes, dtype=torch.uint8, device=query.device)
+    workspace = query.new_empty(bytes, dtype=torch.uint8)
     _core.paged_attention(query, keys, values, table, value_table, length, cu_seqlens, key_row, value_row, new_keys,
-                          new_values, begun_out, begun_lse, scaling, softcap, window, workspace, out,
-                          lse if with_lse else None)  # fmt: skip
+                          new_values, begun_out, begun_lse, scaling, softcap, window, workspace, out, lse)  # fmt: skip
     return out, lse
 
 
-def _outputs(query, with_lse, wide):
-    out = torch.empty(query.shape, dtype=torch.float32 if wide else query.dtype, device=query.device)
-    lse = torch.empty(query.shape[:2] if with_lse else (0,), dtype=torch.float32, device=query.device)
-    return out, lse
+def _read_only(*args):
+    return _append(*args[:9], None, None, *args[9:])
 
 
-def _read_only(query, keys, values, table, length, value_table, cu_seqlens, key_row, value_row, begun_out, begun_lse,
-               scaling, softcap, window, with_lse, wide):  # fmt: skip
-    return _forward(query, keys, values, table, length, value_table, cu_seqlens, key_row, value_row, None, None,
-                    begun_out, begun_lse, scaling, softcap, window, with_lse, wide)  # fmt: skip
+def _append(query, *rest):
+    out, lse = _forward(query, *rest)
+    return out, query.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
 def _fake(query, *rest):
-    return _outputs(query, *rest[-2:])
+    with_lse, wide = rest[-2:]
+    return (query.new_empty(query.shape, dtype=torch.float32 if wide else query.dtype),
+            query.new_empty(query.shape[:2] if with_lse else (0,), dtype=torch.float32))  # fmt: skip
 
 
 # Two ops, because an op says in its schema whether it writes into its arguments.
@@ -126,5 +126,5 @@ _SCHEMA = (
 )
 _op = register("paged_attention" + _SCHEMA.format("", "", ""), _read_only, _fake)
 _append_op = register(
-    "paged_attention_append" + _SCHEMA.format("(a!)", "(b!)", "Tensor new_keys, Tensor new_values, "), _forward, _fake
+    "paged_attention_append" + _SCHEMA.format("(a!)", "(b!)", "Tensor? new_keys, Tensor? new_values, "), _append, _fake
 )

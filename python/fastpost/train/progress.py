@@ -37,10 +37,16 @@ def progress(iterable: Iterable, what: str, total: int | None = None, unit: str 
 
 
 @contextmanager
-def waiting(what: str, done: Callable[[], float] | None = None, total: float | None = None, unit: str = ""):
+def waiting(
+    what: str,
+    done: Callable[[], float] | None = None,
+    total: float | None = None,
+    unit: str = "",
+    also: Callable[[float], str] | None = None,
+):
     """The same for one call that does not come back for a while: a thread watches the clock, and `done()`, if given,
-    which says how much of `total` there is already."""
-    line, stop = Line(what, total, unit), threading.Event()
+    which says how much of `total` there is already. also(seconds): more words for the line."""
+    line, stop = Line(what, total, unit, also=also), threading.Event()
 
     def watch():
         while not stop.wait(REDRAW):
@@ -59,8 +65,16 @@ def waiting(what: str, done: Callable[[], float] | None = None, total: float | N
 class Line:
     """The state of one progress line. update(done) is cheap: it looks at the clock and, seldom, writes."""
 
-    def __init__(self, what: str, total: float | None = None, unit: str = "", stream=None, clock=time.monotonic):
-        self.what, self.total, self.unit, self.clock = what, total, unit, clock
+    def __init__(
+        self,
+        what: str,
+        total: float | None = None,
+        unit: str = "",
+        stream=None,
+        clock=time.monotonic,
+        also: Callable[[float], str] | None = None,
+    ):
+        self.what, self.total, self.unit, self.clock, self.also = what, total, unit, clock, also
         self.stream = sys.stderr if stream is None else stream
         self.live = self.stream.isatty()
         self.begin = clock()
@@ -92,6 +106,10 @@ class Line:
 
     def text(self, done: float | None, now: float) -> str:
         """`tokenise  12000/50000 rows  24 %  8312 rows/s  eta 5s`, or what is known of it."""
+        more = f"  {self.also(now - self.begin)}" if self.also else ""
+        return self._text(done, now) + more
+
+    def _text(self, done: float | None, now: float) -> str:
         seconds, unit = max(now - self.begin, 1e-9), f" {self.unit}" if self.unit else ""
         if done is None:
             return f"{self.what}  {duration(seconds)}"
