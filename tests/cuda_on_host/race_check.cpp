@@ -209,30 +209,25 @@ void grouped_gemm_weight_gradient(Buffers&) {
                                      view(g.weight_half, Grouped::kW, DType::BFloat16), Tensor{});
 }
 
-// Two query heads to one key head of 64. Two sequences of 140 positions, so that decoding has two splits, or a prompt.
+// The last token of 132, in two splits, or the last five: rows of two warps, and three steps of all positions where a step has
+// 64, otherwise two of a window.
 struct Paged {
-  static constexpr int64_t kRows = 70, kPool[] = {1, 1, 20, 16, 64}, kQuery[] = {kRows, 2, 64}, kNew[] = {kRows, 1, 64},
-                           kTwo[] = {2}, kDecode[] = {2, 2, 64}, kNewDecode[] = {2, 1, 64}, kTables[] = {2, 1, 10},
-                           kBytes[] = {1 << 16}, kPrompts[] = {1, 1, 10}, kOne[] = {1};
-  std::vector<float> keys = std::vector<float>(20 * 16 * 64, 0.5f), values = keys, query = keys, out = keys,
-                     fresh = keys;
-  std::vector<uint16_t> half_keys = std::vector<uint16_t>(20 * 16 * 64, 0x3f80), half_values = half_keys,
+  static constexpr int64_t kRows = 5, kPool[] = {1, 1, 9, 16, 8}, kPrompt[] = {kRows, 4, 8}, kToken[] = {1, 4, 8},
+                           kNew[] = {kRows, 1, 8}, kNewToken[] = {1, 1, 8}, kTable[] = {1, 1, 9}, kSpace[] = {4096};
+  std::vector<float> keys = std::vector<float>(9 * 16 * 8, 0.5f), values = keys, query = keys, out = keys, fresh = keys;
+  std::vector<uint16_t> half_keys = std::vector<uint16_t>(9 * 16 * 8, 0x3f80), half_values = half_keys,
                         half_query = half_keys, half_out = half_keys, half_fresh = half_keys;
-  std::vector<uint8_t> space = std::vector<uint8_t>(kBytes[0]);
-  std::vector<int32_t> table = std::vector<int32_t>(20), length = {140, 139}, bounds = {0, kRows};
-  Paged() {
-    for (int i = 0; i < 20; ++i) table[i] = i;
-  }
+  std::vector<uint8_t> space = std::vector<uint8_t>(kSpace[0]);
+  std::vector<int32_t> table = {0, 1, 2, 3, 4, 5, 6, 7, 8}, length = {132}, bounds = {0, kRows};
   template <class V>
   void run(bool prompt, DType dtype, V& q, V& k, V& v, V& n, V& o) {
-    if (prompt) length[0] = kRows;
-    const Tensor rows = view(n, prompt ? kNew : kNewDecode, dtype);
-    cuda::paged_attention(view(q, prompt ? kQuery : kDecode, dtype), view(k, kPool, dtype), view(v, kPool, dtype),
-                          view(table, prompt ? kPrompts : kTables, DType::Int32), Tensor{},
-                          view(length, prompt ? kOne : kTwo, DType::Int32),
-                          prompt ? view(bounds, kTwo, DType::Int32) : Tensor{}, Tensor{}, Tensor{}, rows, rows,
-                          Tensor{}, Tensor{}, 0.125, 0.0, 0, view(space, kBytes, DType::UInt8),
-                          view(o, prompt ? kQuery : kDecode, dtype), Tensor{});
+    const auto rows = [&](V& data) { return prompt ? view(data, kPrompt, dtype) : view(data, kToken, dtype); };
+    const Tensor fresh_rows = prompt ? view(n, kNew, dtype) : view(n, kNewToken, dtype);
+    cuda::paged_attention(rows(q), view(k, kPool, dtype), view(v, kPool, dtype), view(table, kTable, DType::Int32),
+                          Tensor{}, view(length, kPair, DType::Int32),
+                          prompt ? view(bounds, kRow, DType::Int32) : Tensor{}, Tensor{}, Tensor{}, fresh_rows,
+                          fresh_rows, Tensor{}, Tensor{}, 0.125, 0.0, prompt && dtype != DType::Float32 ? 0 : 40,
+                          view(space, kSpace, DType::UInt8), rows(o), Tensor{});
   }
 };
 template <bool kPrompt>
@@ -251,7 +246,7 @@ void kv_select(Buffers&) {  // among equal chunks, and all of them
   std::vector<float> query(2 * 16, 0.5f), landmark(70 * 16, 1.0f);
   std::vector<int32_t> count = {70}, kept = {3, 65}, resident(80, 5), chunks(80), slots(80);
   std::vector<uint8_t> fresh(80), space(kBytes[0]);
-  for (int i = 0; i < 80; ++i) resident[i] = i;
+  for (int i = 0; i < 80; ++i) resident[i] = i / 2;
   const auto choose = [&](auto& shape) {
     cuda::kv_select(view(query, kQuery, DType::Float32), view(landmark, kLandmark, DType::Float32), Tensor{}, Tensor{},
                     view(count, kCount, DType::Int32), view(kept, kKept, DType::Int32), 0.25,

@@ -177,7 +177,9 @@ def test_project(case, dtype, core, new):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_project_of_any_shape(b, s, d, rank, dtype, core, new):
     keys = torch.randn(b, s, d).to(dtype)
-    directions = torch.randn(b, d, rank) * 10.0 ** torch.randint(-9, 9, (b, 1, rank)).float()  # float16 has no such range
+    directions = (
+        torch.randn(b, d, rank) * 10.0 ** torch.randint(-9, 9, (b, 1, rank)).float()
+    )  # float16 has no such range
     directions[:, :, 0] = 0
     for out in (torch.int8, torch.float32):
         u, scale = project(core, new, keys, None, directions, out)
