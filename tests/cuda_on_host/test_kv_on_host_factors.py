@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels of kv_factorize, kv_landmarks and kv_reconstruct on the CPU: against float64, between guards, and with
+"""The CUDA kernels of kv_factorize, kv_landmarks, kv_reconstruct on the CPU: against float64, between guards, and with
 indices that no kernel may trust."""
 
 import itertools
