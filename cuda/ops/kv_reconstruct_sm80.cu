@@ -188,8 +188,7 @@ __device__ __forceinline__ void multiply(const Layout& l, const char* rows, cons
 }
 
 template <class T, int kColumns>
-// Two blocks at least: without saying so, ptxas would rather spill than have fewer of them.
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 3 : 2)
     reconstruct_kernel(ReconstructWork w, Layout l, int64_t rows, int64_t key_blocks, int64_t value_blocks) {
   FP_DYNAMIC_SHARED(char, shared);
   constexpr int kBlocks = kColumns / 8;
