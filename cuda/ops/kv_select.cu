@@ -6,10 +6,13 @@
 // A chunk's score is compared as its logarithm, logit - (log Σ exp - that of the group's first head): no probability
 // vanishes, and what all chunks of a group have in common does not cost digits.
 //
-// No GPU has run it yet; tests run it on the host.
+// No GPU has run it yet; tests run it on the host. nvcc 13.0, sm_80 and sm_90a: scores 64 to 128 registers, choosing 48; no
+// spills.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <stdexcept>
+#include <string>
 
 #include "core/arena.h"
 #include "cuda/core/launch.h"
@@ -27,6 +30,7 @@ constexpr int kKeyTile = 1024;    // and of one that makes keys
 constexpr int kRows = 4;          // chunks that a lane has under way
 constexpr int kFewChunks = 4096;  // that 256 threads choose from; more take 1024
 constexpr int kBins = 2048;
+constexpr int kMostSize = 256;          // of a row
 constexpr int kMostShared = 150 << 10;  // of a block that selects, beside its bins
 
 struct Space {
@@ -54,6 +58,7 @@ struct Selecting {
   const float* scale;  // may be null, as source and kept
   int64_t scale_stride[3];
   const int32_t *source, *count, *kept;
+  int64_t kept_stride[2];
   int64_t prompts, tiles;
   int heads, key_heads, group, chunks, d, kept_size, wanted;
   float scaling;
@@ -176,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, 2) score_kernel(Selecting w) {
   }
   __syncthreads();
   for (int i = thread; i < w.kept_size; i += kThreads) {
-    const int64_t at = int64_t{w.kept[(b * w.key_heads + g) * w.kept_size + i]} - first;
+    const int64_t at = int64_t{w.kept[b * w.kept_stride[0] + g * w.kept_stride[1] + i]} - first;
     if (at >= 0 && at < here) closed[at] = 1;
   }
   __syncthreads();
@@ -514,6 +519,11 @@ void kv_select(Tensor query, Tensor landmark, Tensor scale, Tensor source, Tenso
   const Stream stream("kv_select", query);
   const int64_t rows = query.size(0), heads = query.size(1), key_heads = landmark.size(1), c = landmark.size(2);
   const int64_t wanted = resident.size(2);
+  if (wanted == 0) return;
+  if (query.size(2) > kMostSize) {
+    throw std::invalid_argument("[kv_select] query: expected rows of at most " + std::to_string(kMostSize) +
+                                " on a GPU, got " + std::to_string(query.size(2)) + ". Move the tensors to the CPU.");
+  }
   const Space space(workspace.ptr<char>(), rows, heads, key_heads, c);
   Selecting w = {};
   w.query = query.data;
@@ -536,7 +546,10 @@ void kv_select(Tensor query, Tensor landmark, Tensor scale, Tensor source, Tenso
   w.group = w.heads / w.key_heads;
   w.chunks = static_cast<int>(c);
   w.d = static_cast<int>(query.size(2));
-  w.kept_size = kept.defined() ? static_cast<int>(kept.size(2)) : 0;
+  if (kept.defined()) {
+    w.kept_size = static_cast<int>(kept.size(2));
+    for (int i = 0; i < 2; ++i) w.kept_stride[i] = kept.stride(i);
+  }
   w.wanted = static_cast<int>(wanted);
   w.scaling = static_cast<float>(scaling);
   w.logits = space.logits;
