@@ -6,6 +6,7 @@
     python -m bench --json --plot speed.png           also write bench/results/<machine>.json and a picture
     python -m bench.train --model DIR --json          all of `fastpost train`: beside TRL, packing, time to start
     python -m bench.train_step --model DIR            whole steps (SFT, DPO, SimPO) beside TRL's trainers
+    python -m bench.low_rank --model DIR --text FILE  singular values of a model's keys before and after RoPE
     python -m bench.drop_in --model DIR               ten lines of plain PyTorch, with and without fastpost
 
 How to read the numbers. Providers run interleaved (A B C, C B A, ...) and medians are quoted. One thread comes first,

@@ -4,8 +4,8 @@ half of the Gram matrix, S·D² operations, and the projection, 2·S·D·r; the 
 
 Beside it: ShadowKV's way (torch.linalg.svd of the keys in float32), torch.svd_lowrank, which passes over the keys twice
 for each of its rounds, and the whole eigenproblem of the Gram matrix. What is compared is the error of the truncation,
-|keys - u·basis| / |keys|, which may be 2e-3 above that of the exact decomposition: svd_lowrank's two rounds, torch's
-default, are not enough for that, so there is one with six."""
+|keys - their projection| / |keys|, which may be 1e-3 above that of the exact decomposition: svd_lowrank's two rounds,
+torch's default, are not enough for that, so there is one with six."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import fastpost
 from bench import limits, peers
 from bench.case import Case, Options
 from fastpost.reference import kv_factorize as reference
-from fastpost.reference._int8_rows import widen_rows
 
 SHAPES = ((8192, 192, 30, torch.bfloat16), (32768, 1024, 160, torch.bfloat16), (8192, 192, 30, torch.float32))
 SMALL = ((300, 48, 8, torch.bfloat16),)
@@ -50,7 +49,7 @@ def case(options, s, d, rank, dtype) -> Case:
         runs={name: run(f) for name, f in ({"fastpost": ours} | peers.pick(found, options.peers)).items()},
         limits={limits.GEMMS: lambda i: (i.keys[0].mT @ i.keys[0, :, : d // 2], i.keys[0] @ i.directions)},
         reference=lambda i: {"error": exact(i.keys, rank)},
-        tolerance=2e-3,
+        tolerance=1e-3,
         flops=s * d * d + 2 * s * d * rank,
         bytes=s * d * dtype.itemsize + s * (rank + 4) + rank * d * 4,
     )
@@ -106,15 +105,16 @@ def eigh(keys, rank):
 
 
 class Error:
-    """|keys - u·basis| / |keys|, computed when somebody compares it and not while time is taken."""
+    """|keys - their projection on the rows of basis| / |keys|, computed when somebody compares it and not while time is
+    taken. What int8 costs on top (about 7e-3 of the keys) is no part of it."""
 
-    def __init__(self, keys, u, scale, basis):
-        self.parts = keys, u, scale, basis
+    def __init__(self, keys, basis):
+        self.keys, self.basis = keys, basis
 
     def detach(self) -> torch.Tensor:
-        keys, u, scale, basis = self.parts
-        keys = keys.float()
-        return ((keys - widen_rows(u, scale, torch.float32) @ basis.float()).norm() / keys.norm())[None]
+        space = torch.linalg.qr(self.basis[0].double().mT).Q
+        kept = (self.keys[0].double() @ space).norm() / self.keys.double().norm()
+        return (1 - kept.square()).clamp(min=0).sqrt()[None].float()
 
 
 def exact(keys, rank):
@@ -124,4 +124,4 @@ def exact(keys, rank):
 
 
 def run(f):
-    return lambda i: {"error": Error(i.keys, *f(i.keys))}
+    return lambda i: {"error": Error(i.keys, f(i.keys)[2])}

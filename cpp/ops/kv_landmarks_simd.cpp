@@ -11,15 +11,22 @@ constexpr int kGroup = 8;         // keys whose sums go side by side
 constexpr float kLeast = 1e-20f;  // a norm: a key of zeros has cosine 0
 
 // The mean of the whole chunk first; then products with it, while the keys are still in the first-level cache.
-template <class T>
+template <class T, bool Whole>
 float mean_of(const char* keys, int64_t row_bytes, int64_t count, int64_t d, float* mean) {
+  const auto part = [&]<class U>(const U* p, int64_t n) {  // Whole: d fills registers
+    if constexpr (Whole) {
+      return load(p);
+    } else {
+      return load_part(p, n);
+    }
+  };
   const auto row = [&](int64_t i) { return reinterpret_cast<const T*>(keys + i * row_bytes); };
   const F32 share = broadcast(1.0f / static_cast<float>(count));
   F32 square = broadcast(0.0f);
   for (int64_t c = 0; c < d; c += kWidth) {
     const int64_t n = d - c;
-    F32 sum = load_part(row(0) + c, n);
-    for (int64_t i = 1; i < count; ++i) sum = sum + load_part(row(i) + c, n);
+    F32 sum = part(row(0) + c, n);
+    for (int64_t i = 1; i < count; ++i) sum = sum + part(row(i) + c, n);
     sum = sum * share;
     n >= kWidth ? store(mean + c, sum) : store_tail(mean + c, sum, n);
     square = fma(sum, sum, square);
@@ -33,10 +40,10 @@ float mean_of(const char* keys, int64_t row_bytes, int64_t count, int64_t d, flo
 #pragma GCC unroll 16
     for (F32& s : sums) s = broadcast(0.0f);
     for (int64_t c = 0; c < d; c += kWidth) {
-      const F32 m = load_part(mean + c, d - c);
+      const F32 m = part(mean + c, d - c);
 #pragma GCC unroll 8
       for (int i = 0; i < kGroup; ++i) {
-        const F32 x = load_part(of[i] + c, d - c);
+        const F32 x = part(of[i] + c, d - c);
         sums[i] = fma(x, m, sums[i]);
         sums[kGroup + i] = fma(x, x, sums[kGroup + i]);
       }
@@ -53,7 +60,9 @@ float mean_of(const char* keys, int64_t row_bytes, int64_t count, int64_t d, flo
 }
 
 float mean_any(DType dtype, const char* keys, int64_t row_bytes, int64_t count, int64_t d, float* mean) {
-  return visit_float(dtype, [&]<class T>(T) { return mean_of<T>(keys, row_bytes, count, d, mean); });
+  return visit_float(dtype, [&]<class T>(T) {
+    return (d % kWidth == 0 ? mean_of<T, true> : mean_of<T, false>)(keys, row_bytes, count, d, mean);
+  });
 }
 
 constexpr LandmarkKernels kKernels = {mean_any, quantize_row};

@@ -39,11 +39,13 @@ void with_vectors(int64_t m, F&& f) {  // 1 to kAtOnce
 // ---- few vectors -----------------------------------------------------------------------------------------------------
 
 // Rows lie in pages that are anywhere, where the hardware does not look ahead: so many rows are asked for in advance, a
-// few at a time between the sums, so that memory never rests.
-constexpr int64_t kAhead = 16;
+// few at a time between the sums, so that memory never rests. Into the second-level cache, as more requests can be under
+// way than for the first: 10 GB/s instead of 6.7 from pages of 4 KiB in no order (a loop that only reads: 9), 13 instead
+// of 10 from pages in order (17).
+constexpr int64_t kAhead = 48;
 
 inline void ask_for(const char* from, int64_t bytes) {
-  for (int64_t c = 0; c < bytes; c += 64) __builtin_prefetch(from + c);
+  for (int64_t c = 0; c < bytes; c += 64) __builtin_prefetch(from + c, 0, 2);
 }
 
 // logits[v][r] = query v · row r, for M vectors and R rows.

@@ -50,8 +50,8 @@ __device__ __forceinline__ void load_boxes(const CUtensorMap& map, Full::ValueTy
 }
 
 template <class T>
-__device__ __forceinline__ void load_steps(const GramWork& w, const GramPlace& place, const CUtensorMap& map, char* ring,
-                                           Barriers barriers, int thread) {
+__device__ __forceinline__ void load_steps(const GramWork& w, const GramPlace& place, const CUtensorMap& map,
+                                           char* ring, Barriers barriers, int thread) {
   const bool own_a = shared_box(place.tile) < 0, speaks = thread % 32 == 0;
   const int column_a = place.tile.row * kWideM, column_b = place.tile.column * kWideN;
   const bool ragged = place.end % kK != 0 && place.end < w.keys.tokens;
@@ -100,7 +100,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   cutlass::arch::warpgroup_reg_alloc<kMultiplyRegisters>();
   const int consumer = (thread - kGroup) / kGroup, warp = (thread - kGroup) / 32;
   const int box = shared_box(place.tile);
-  const uint64_t first_a = descriptor<kInColumns>(ring + (box < 0 ? 0 : kABytes + box * kBoxBytes) + consumer * kBoxBytes);
+  const uint64_t first_a =
+      descriptor<kInColumns>(ring + (box < 0 ? 0 : kABytes + box * kBoxBytes) + consumer * kBoxBytes);
   const uint64_t first_b = descriptor<kInColumns>(ring + kABytes);
   const int steps = static_cast<int>((place.end - place.begin + kK - 1) / kK);
   Place at;

@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks) attend_kernel(Attention 
                   (tile.head * w.group + packed % w.group) * w.query_head + chunk * 8,
               to);
     } else {
-      for (int k = 0; k < 8; ++k) to[k] = T{};
+      *reinterpret_cast<Packed<T, 8>*>(to) = {};
     }
   }
   __syncthreads();

@@ -117,7 +117,7 @@ def test_rows_that_the_server_refuses(stub, capsys):
     assert run(stub) == 1
     said = capsys.readouterr().err
     assert "in.jsonl:3: HTTP 400: too long" in said and "in.jsonl:6: HTTP 400: too long" in said
-    assert "2 rows failed (see above) and are not in out.jsonl. The same command tries them again." in said
+    assert "rows that failed: 2, see above. They are not in out.jsonl; the same command tries again." in said
     assert rows() == [r for r in whole(8) if r["prompt"] not in refused]
     refused.clear()
     before = len(stub.bodies)

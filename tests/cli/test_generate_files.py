@@ -209,7 +209,7 @@ def test_rows_that_the_model_cannot_do(models, capsys):
     assert run(models / "chat") == 1
     said = capsys.readouterr().err
     assert "in.jsonl:2: [Engine] prompt: expected fewer than the model's 512 positions" in said
-    assert "1 rows failed" in said and [r["line"] for r in rows()] == [1, 3]
+    assert "rows that failed: 1, see above" in said and [r["line"] for r in rows()] == [1, 3]
     assert run(models / "chat", "--kv", "shadow", out="other.jsonl") == 1
     assert "in.jsonl:2: [OneByOne] prompt: expected fewer than the model's 512" in capsys.readouterr().err
     assert [r["answers"] for r in rows("other.jsonl")] == [r["answers"] for r in rows()]
@@ -294,3 +294,19 @@ def test_long_prompts_with_low_rank_keys(models, capsys):
     assert said.count("stay dense") == 1 and "in.jsonl:2: " in said
     assert [r["tokens"] for r in rows()[1:]] == [r["tokens"] for r in rows("low.jsonl")[1:]]
     assert rows()[0]["logprobs"] != rows("low.jsonl")[0]["logprobs"]
+
+
+def test_a_model_that_the_engine_does_not_take(capsys):
+    """Convolutions among its layers: through transformers' generate, which is said."""
+    import transformers
+
+    config = transformers.Lfm2Config(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["conv", "full_attention"], bos_token_id=6, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    transformers.Lfm2ForCausalLM(config).save_pretrained("own")
+    tiny.tokenizer().save_pretrained("own")
+    inputs(2)
+    assert run("own", "--logprobs") == 0
+    assert "Prompts go through transformers' generate, one at a time." in capsys.readouterr().err
+    assert [row["tokens"] for row in rows()] == [[greedy("own", f"What is {i}?", 6)] for i in range(2)]

@@ -5,12 +5,12 @@ import random
 
 import pytest
 import torch
-from prompts import greedy, unequal
 
 import tiny
 from fastpost import linear_logprob
 from fastpost.generate import Engine, Request, Sampling
 from fastpost.hf.cached_attention import NAME
+from prompts import greedy, unequal
 
 PROMPTS = unequal(12)
 TOKENS = [random.Random(i).randint(1, 30) for i in range(12)]

@@ -5,10 +5,10 @@ import random
 
 import pytest
 import torch
-from prompts import greedy, unequal
 
 import tiny
 from fastpost.generate import Engine, Request, Sampling
+from prompts import greedy, unequal
 
 PROMPTS = unequal(6)
 DRAWN = Sampling(max_new_tokens=24, temperature=0.9, seed=3, ignore_eos=True)

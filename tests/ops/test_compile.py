@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 
 import fastpost
 from fastpost.ops._experts import experts
+from fastpost.reference import kv_reconstruct, kv_select
 from fastpost.reference import linear_logprob as reference
 
 D, V, RANK = 8, 60, 3
@@ -139,6 +140,32 @@ def test_grouped_gemm_with_any_number_of_tokens(device):
             torch.testing.assert_close(ours, eager)
 
 
+def test_step_of_a_shadow_cache_with_any_number_of_rows(device):
+    """kv_select and kv_reconstruct, which change `resident` and `keys` in place."""
+
+    def step(query, landmark, scale, count, resident, u, u_scale, basis, keys):
+        found = fastpost.kv_select(2 * query, landmark, count, resident, scale=scale)
+        fastpost.kv_reconstruct(u, basis, found.chunks, keys, scale=u_scale, slots=found.slots, fresh=found.fresh)
+        return found.chunks + resident, keys * 2
+
+    def arguments(b):
+        (query, landmark, count, resident), one = kv_select.Case("", b, 4, 2, 9, 16, 5).inputs(device=device)
+        (u, basis, _, _), two = kv_reconstruct.Case("", b, 2, 72, 16, 6, 5).inputs(device=device)
+        keys = torch.zeros(b, 2, 5, 8, 16, device=device)
+        return [query, landmark, one["scale"], count, resident, u, two["scale"], basis, keys]
+
+    torch._dynamo.reset()
+    frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled, first = torch.compile(step, fullgraph=True, dynamic=True, backend=frames), None
+    for b in (7, 3, 11):  # none of them the size of something else
+        eager, ours = arguments(b), arguments(b)
+        for got, wanted in zip((*compiled(*ours), *ours), (*step(*eager), *eager)):
+            assert torch.equal(got, wanted)
+        assert ours[-1].ne(0).any() and ours[4].ge(0).all()
+        first = first or frames.frame_count
+        assert frames.frame_count == first
+
+
 def test_caches_with_any_number_of_tokens(device):
     """kv_factorize, kv_project and kv_landmarks: one graph, the bits of eager."""
 
@@ -155,3 +182,56 @@ def test_caches_with_any_number_of_tokens(device):
         length = torch.tensor([n, n - 4], dtype=torch.int32, device=device)
         for ours, eager in zip(compiled(keys, later, length), build(keys, later, length), strict=True):
             assert torch.equal(ours, eager)
+
+
+def test_step_of_a_shadow_cache_with_any_number_of_rows(device):
+    """kv_select and kv_reconstruct, which change `resident` and `keys` in place."""
+
+    def step(query, landmark, scale, count, resident, u, u_scale, basis, keys):
+        found = fastpost.kv_select(2 * query, landmark, count, resident, scale=scale)
+        fastpost.kv_reconstruct(u, basis, found.chunks, keys, scale=u_scale, slots=found.slots, fresh=found.fresh)
+        return found.chunks + resident, keys * 2
+
+    def arguments(b):
+        (query, landmark, count, resident), one = kv_select.Case("", b, 4, 2, 9, 16, 5).inputs(device=device)
+        (u, basis, _, _), two = kv_reconstruct.Case("", b, 2, 72, 16, 6, 5).inputs(device=device)
+        keys = torch.zeros(b, 2, 5, 8, 16, device=device)
+        return [query, landmark, one["scale"], count, resident, u, two["scale"], basis, keys]
+
+    torch._dynamo.reset()
+    frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled, first = torch.compile(step, fullgraph=True, dynamic=True, backend=frames), None
+    for b in (7, 3, 11):  # none of them the size of something else
+        eager, ours = arguments(b), arguments(b)
+        for got, wanted in zip((*compiled(*ours), *ours), (*step(*eager), *eager)):
+            assert torch.equal(got, wanted)
+        assert ours[-1].ne(0).any() and ours[4].ge(0).all()
+        first = first or frames.frame_count
+        assert frames.frame_count == first
+
+
+def test_paged_attention_with_any_number_of_tokens(device):
+    """One graph, which writes into the pools as the op alone does."""
+    pools = [torch.zeros(1, 2, 30, 4, 16, device=device) for _ in range(2)]
+    table = torch.arange(30, dtype=torch.int32, device=device)[None, None]
+
+    def layer(query, key, value, keys, values, length, cu_seqlens):
+        begun = fastpost.paged_attention(query, keys, values, table, length, cu_seqlens=cu_seqlens, return_lse=True,
+                                         out_dtype=torch.float32)  # fmt: skip
+        out = fastpost.paged_attention(query.tanh(), keys, values, table, length, cu_seqlens=cu_seqlens,
+                                       new_keys=key.sin(), new_values=value, begun=begun)  # fmt: skip
+        return out + keys.sum()
+
+    torch._dynamo.reset()
+    frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=frames)
+    for n in (9, 33, 17, 100):
+        new = [torch.randn(n, heads, 16, device=device) for heads in (6, 2, 2)]
+        length, cu_seqlens = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([n + 7], [0, n]))
+        results = []
+        for f in (layer, compiled):
+            own = [x.clone() for x in pools]
+            results.append((f(*new, *own, length, cu_seqlens), *own))
+        for ours, eager in zip(results[1], results[0]):
+            torch.testing.assert_close(ours, eager)
+        assert results[1][1].any() and frames.frame_count == 1

@@ -131,3 +131,11 @@ def test_durations():
         "1h00m",
         "25h01m",
     ]
+
+
+def test_more_words_on_a_line():
+    clock, stream = Clock(), Stream(True)
+    line = Line("generate", 10, "rows", stream, clock, also=lambda seconds: f"{300 / seconds:.0f} tokens/s")
+    clock.now = 3.0
+    line.update(5)
+    assert stream.text.endswith("generate  5/10 rows  50 %  1.7 rows/s  eta 3s  100 tokens/s")

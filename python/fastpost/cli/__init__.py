@@ -24,7 +24,11 @@ VERBS = {
         "RECIPE | MODEL ... --perplexity TEXT",
         "held-out loss, margin and accuracy; perplexity of a text",
     ),
-    "generate": ("fastpost.cli.generate", "MODEL [PROMPT ...]", "answer prompts, greedy or sampled"),
+    "generate": (
+        "fastpost.cli.generate",
+        "MODEL [PROMPT ...] [--file IN --out OUT]",
+        "answer prompts or rows, by a model or a server",
+    ),
     "plot": ("fastpost.cli.plot", "RUN [RUN ...]", "draw the curves of one run or several"),
     "export": ("fastpost.cli.export", "RUN OUT", "write a run's model or adapter; --merge for both in one"),
     "recipes": (

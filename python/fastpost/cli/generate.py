@@ -66,10 +66,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens")
     add("--min-p", type=float, default=0.0, metavar="P", help="sample from tokens at least P times as likely as the "
         "likeliest")  # fmt: skip
-    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less")
+    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less (1; what "
+        "generation_config.json says of sampling is not used)")  # fmt: skip
     add("--samples", type=int, default=1, metavar="N", help="answers per prompt, when sampling")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be repeated")
-    add("--seed", type=int, default=0, help="an answer depends on the seed and its prompt's number only (0)")
+    add("--seed", type=int, default=0, metavar="N", help="an answer's draws depend on the seed and its prompt's number "
+        "only (0)")  # fmt: skip
 
     group = parser.add_argument_group("what is written")
     add = group.add_argument
@@ -84,7 +86,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     group = parser.add_argument_group("the model")
     add = group.add_argument
     add("--batch", "--concurrency", type=int, metavar="N", help="answers (32) or, of a server, requests (16) under way "
-        "at once; changes no answer")  # fmt: skip
+        "at once; answers differ by rounding alone")  # fmt: skip
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="precision of the model (bf16)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--kv", choices=("dense", "shadow"), default="dense", help="shadow: low-rank keys and a budget of positions, "
@@ -193,15 +195,19 @@ def to_file(args, source: Callable, total: int, added: tuple[str, ...], say: Cal
             name = signal.Signals(stopped.number).name
             say(f"{name}: stopped. {_go_on(args, out, total)}")
             return 128 + stopped.number
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{error}\n{_go_on(args, out, total)}") from error
+        except (OSError, ValueError, RuntimeError) as error:
+            memory = type(error).__name__ == "OutOfMemoryError"
+            if isinstance(error, RuntimeError) and not memory:
+                raise
+            hint = " Lower --batch." if memory else ""
+            raise ValueError(f"{error}{hint}\n{_go_on(args, out, total)}") from error
         out.finish()
         seconds = max(time.monotonic() - begin, 1e-9)
         already = f", {total - left} of them from an earlier attempt" if left < total else ""
         rate = f"; {new} tokens, {new / seconds:.0f} tokens/s" if new else ""
         print(f"{args.out}: {total - left + len(out.done) - there} rows{already}{rate}")
     if failures.count:
-        say(f"{failures.count} rows failed (see above) and are not in {args.out}. The same command tries them again.")
+        say(f"rows that failed: {failures.count}, see above. They are not in {args.out}; the same command tries again.")
     return 1 if failures.count else 0
 
 

@@ -19,6 +19,7 @@ import email.utils
 import hashlib
 import http.client
 import json
+import math
 import os
 import queue
 import random
@@ -460,4 +461,4 @@ def _retry_after(value: str | None) -> float | None:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
         except (ValueError, TypeError):
             return None
-    return min(max(seconds, 0.0), 3600.0)
+    return min(max(seconds, 0.0), 3600.0) if math.isfinite(seconds) else None

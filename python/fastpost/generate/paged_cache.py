@@ -39,6 +39,7 @@ class Step:
     table: torch.Tensor  # [B, 1, N] int32
     length: torch.Tensor  # [B] int32
     cu_seqlens: torch.Tensor | None  # [B + 1] int32; None: one row each
+    rotation: tuple | None = None  # of lean_layers: what all layers turn queries and keys by
 
 
 class _Layer(SelfAttendingLayer):
@@ -84,13 +85,16 @@ class PagedLayer(_Layer):
         self.cache, self.keys, self.values = cache, keys, values
 
     def attend(self, query, key, value, padding, *, scaling, softcap, window, position_ids):
+        rows = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
+        return self.attend_rows(*rows, scaling=scaling, softcap=softcap, window=window)[None]
+
+    def attend_rows(self, query, key, value, *, scaling, softcap=None, window=None):
+        """query [T, H, d], key and value [T, G, d] -> [T, H, d]."""
         step = self.cache.step
-        out = paged_attention(
-            query[0].transpose(0, 1).contiguous(), self.keys, self.values, step.table, step.length,
-            cu_seqlens=step.cu_seqlens, new_keys=key[0].transpose(0, 1).contiguous(),
-            new_values=value[0].transpose(0, 1).contiguous(), scaling=scaling, softcap=softcap, window=window,
+        return paged_attention(
+            query, self.keys, self.values, step.table, step.length, cu_seqlens=step.cu_seqlens, new_keys=key,
+            new_values=value, scaling=scaling, softcap=softcap, window=window,
         )  # fmt: skip
-        return out[None]
 
 
 class PagedCache(Cache):

@@ -6,9 +6,9 @@
             out.write(row, {"answers": [...], "finish": [...]})
         out.finish()
 
-A row is written when its answers are there, in one piece, with its columns and the number of its line; when all are
-there the file is put in the order of the input, so that it has the same bytes whatever happened on the way. Beside it
-lies NAME.settings.json: what the answers were made with. No torch here."""
+A row is written when its answers are there, in one piece, with its columns and the number of its line. When all are
+there, the file is put in the order of the input. Beside it lies NAME.settings.json: what the answers were made with.
+No torch here."""
 
 from __future__ import annotations
 

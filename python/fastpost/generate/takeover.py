@@ -7,6 +7,7 @@ import os
 
 import torch
 
+from fastpost.generate.lean_layers import restore_layers, use_lean_layers
 from fastpost.hf import cached_attention
 from fastpost.nn.decode_linear import DecodeLinear, use_decode_linear
 
@@ -15,7 +16,8 @@ STRETCHED = ("dynamic", "longrope")
 
 
 class Takeover:
-    """Eval mode, attention through caches and, on a CPU, linear layers for few rows: from apply() until undo()."""
+    """Eval mode, attention through caches, lean layers and, on a CPU, linear layers for few rows: from apply() until
+    undo()."""
 
     def __init__(self, model):
         self.model = model
@@ -32,6 +34,7 @@ class Takeover:
         if model.device.type == "cpu":
             use_decode_linear(model)
         self._linear = [module for module in plain if type(module) is DecodeLinear]
+        self._layers = use_lean_layers(model)
         configs = {id(c): c for c in (model.config, model.config.get_text_config())}
         self._attention = [(config, config._attn_implementation) for config in configs.values()]
         for config in configs.values():
@@ -47,6 +50,7 @@ class Takeover:
             module.training = True
         for module in self._linear:
             module.__class__ = torch.nn.Linear
+        restore_layers(self._layers)
 
 
 def end_tokens(model, tokenizer) -> frozenset[int]:

@@ -30,9 +30,9 @@ def kv_factorize(keys, rank, *, length=None, bits=8):
 
 
 def resolved(s):
-    """Singular values [B, r], descending, none below 1e-3 of the largest: a Gram matrix in float32 knows no smaller
+    """Singular values [B, r], none below 1e-3 of the largest: a Gram matrix in float32 knows no smaller
     ones, and u would be large where directions divide by them."""
-    return s.clamp(min=1e-3 * s[:, :1]).clamp(min=1e-18)
+    return s.clamp(min=1e-3 * s.amax(1, keepdim=True)).clamp(min=1e-18)
 
 
 def kv_project(keys, directions, *, length=None, bits=8):
