@@ -6,10 +6,10 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
-
-import torch
+from itertools import islice
 
 from fastpost.generate.engine import Engine
+from fastpost.generate.one_by_one import OneByOne
 from fastpost.generate.paged_cache import UnsupportedModel
 from fastpost.generate.request import Request, Sampling
 
@@ -82,23 +82,12 @@ def _through_engine(engine: Engine, prompts: Iterable[Prompt], sampling: Samplin
         raise error
 
 
-@torch.no_grad()
 def _through_transformers(model, tokenizer, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[list[str]]:
     """For models that the engine does not take."""
-    how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if sampling.temperature:
-        how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    how |= {"max_new_tokens": sampling.max_new_tokens, "pad_token_id": pad}
-    for i, prompt in enumerate(prompts):
-        ids = _encoded(tokenizer, prompt, i)
-        inputs = torch.tensor([ids], device=model.device)
-        answers = []
-        for j in range(sampling.n):
-            torch.manual_seed(((sampling.seed * 1_000_003 + i) * 1_000_003 + j) % 2**63)
-            out = model.generate(inputs, attention_mask=torch.ones_like(inputs), **how)
-            answers.append(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip())
-        yield answers
+    requests = (Request(_encoded(tokenizer, prompt, i), sampling, id=i) for i, prompt in enumerate(prompts))
+    completions = OneByOne(model, tokenizer).run(requests)
+    while answers := list(islice(completions, sampling.n)):
+        yield [tokenizer.decode(c.token_ids, skip_special_tokens=True).strip() for c in answers]
 
 
 def _encoded(tokenizer, prompt: Prompt, i: int) -> list[int]:

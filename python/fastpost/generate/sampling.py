@@ -12,11 +12,13 @@ from hashlib import blake2b
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 
 from fastpost.generate.request import Sampling
 from fastpost.ops.token_logprob import token_logprob
 
 _MASK = (1 << 64) - 1
+BLOCK = 512
 
 
 def stream(seed: int, request: str | int, index: int) -> int:
@@ -145,7 +147,26 @@ def _invert(weights: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def _draw_plain(logits, wishes, u):
-    return _invert(_weights(logits, wishes), u)
+    """Over the sums of blocks first: one pass over the vocabulary instead of a running sum."""
+    weights = _weights(logits, wishes)
+    rows, vocab = weights.shape
+    if vocab % BLOCK:
+        weights = F.pad(weights, (0, BLOCK - vocab % BLOCK))
+    blocks = weights.view(rows, -1, BLOCK)
+    ends = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
+    total = ends[:, -1:]
+    _expect_numbers(total)
+    x = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    block = torch.searchsorted(ends, x, right=True)
+    chosen = blocks[torch.arange(rows, device=weights.device), block[:, 0]]
+    sums = chosen.cumsum(-1, dtype=torch.float64)
+    before = ends.gather(1, block) - sums[:, -1:]  # so that the block's own sums end where the block does
+    column = torch.searchsorted(sums, (x - before).clamp(min=0), right=True)
+    # Rounding may carry it past the last column that weighs anything: then it is that one.
+    last = torch.searchsorted(sums, sums[:, -1:].contiguous())
+    column = torch.minimum(column, last)
+    share = chosen.gather(1, column).double() / total
+    return (block * BLOCK + column)[:, 0], share[:, 0].log()
 
 
 def _draw_filtered(logits, wishes, u):
@@ -170,6 +191,15 @@ def candidates(weights: torch.Tensor, wishes: list[Sampling]) -> tuple[torch.Ten
         for s, t in zip(wishes, total, strict=True)
     ]
     least = torch.tensor(least, dtype=torch.float32, device=weights.device)
+    nucleus = torch.tensor([0.0 if s.top_k or s.top_p == 1 else s.top_p for s in wishes], device=weights.device)
+    if bool((nucleus > 0).any()):
+        # Where the tokens above a higher bound weigh enough, none below it stays either.
+        whole = torch.tensor(total, device=weights.device)
+        for share in (1e-5, 1e-3):
+            bound = share * whole
+            mass = weights.where(weights >= bound[:, None], 0).sum(-1)
+            enough = (nucleus > 0) & (mass >= nucleus * whole * (1 + 1e-5))
+            least = torch.where(enough, torch.maximum(least, bound), least)
     top = max(s.top_k for s in wishes)
     if top:
         limited = [i for i, s in enumerate(wishes) if s.top_k]
@@ -179,7 +209,7 @@ def candidates(weights: torch.Tensor, wishes: list[Sampling]) -> tuple[torch.Ten
         least[limited] = torch.maximum(_pick(least, limited), kth)
     there = weights >= least[:, None]
     row, token = there.nonzero(as_tuple=True)
-    count = there.sum(-1)
+    count = row.bincount(minlength=len(wishes))
     column = torch.arange(len(row), device=weights.device) - (count.cumsum(0) - count)[row]
     left = weights.new_zeros(len(wishes), int(count.max()))
     ids = torch.zeros(left.shape, dtype=torch.int64, device=weights.device)
