@@ -184,32 +184,6 @@ def test_caches_with_any_number_of_tokens(device):
             assert torch.equal(ours, eager)
 
 
-def test_step_of_a_shadow_cache_with_any_number_of_rows(device):
-    """kv_select and kv_reconstruct, which change `resident` and `keys` in place."""
-
-    def step(query, landmark, scale, count, resident, u, u_scale, basis, keys):
-        found = fastpost.kv_select(2 * query, landmark, count, resident, scale=scale)
-        fastpost.kv_reconstruct(u, basis, found.chunks, keys, scale=u_scale, slots=found.slots, fresh=found.fresh)
-        return found.chunks + resident, keys * 2
-
-    def arguments(b):
-        (query, landmark, count, resident), one = kv_select.Case("", b, 4, 2, 9, 16, 5).inputs(device=device)
-        (u, basis, _, _), two = kv_reconstruct.Case("", b, 2, 72, 16, 6, 5).inputs(device=device)
-        keys = torch.zeros(b, 2, 5, 8, 16, device=device)
-        return [query, landmark, one["scale"], count, resident, u, two["scale"], basis, keys]
-
-    torch._dynamo.reset()
-    frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled, first = torch.compile(step, fullgraph=True, dynamic=True, backend=frames), None
-    for b in (7, 3, 11):  # none of them the size of something else
-        eager, ours = arguments(b), arguments(b)
-        for got, wanted in zip((*compiled(*ours), *ours), (*step(*eager), *eager)):
-            assert torch.equal(got, wanted)
-        assert ours[-1].ne(0).any() and ours[4].ge(0).all()
-        first = first or frames.frame_count
-        assert frames.frame_count == first
-
-
 def test_paged_attention_with_any_number_of_tokens(device):
     """One graph, which writes into the pools as the op alone does."""
     pools = [torch.zeros(1, 2, 30, 4, 16, device=device) for _ in range(2)]

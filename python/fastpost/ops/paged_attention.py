@@ -50,8 +50,8 @@ def paged_attention(
         out_dtype: float32, or None: the dtype of query.
 
     Sums are float32. The bits of a row do not depend on other sequences, nor on the number of threads. Where a sequence
-    has many rows (a prompt), exponentials are rounded to bfloat16 before they multiply bfloat16 values, as in torch's own
-    attention; single rows keep float32.
+    has many rows (a prompt), exponentials are rounded to bfloat16 before they multiply bfloat16 values, as in torch's
+    own attention; single rows keep float32.
 
     Raises:
         ValueError: wrong dtype, shape, layout or device; an input that requires grad.
