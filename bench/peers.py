@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 NAMES = ("eager", "compile", "lce", "trl", "liger", "aten", "bitsandbytes")
 """What --peers accepts: torch eager, torch.compile, torch's F.linear_cross_entropy, TRL, Liger, torch's own four-bit
-weights, bitsandbytes."""
+weights and attention, bitsandbytes."""
 
 IGNORE = -100
 

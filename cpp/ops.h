@@ -320,7 +320,8 @@ int64_t kv_reconstruct_bytes(Tensor u, Tensor basis, int64_t threads);
 // Query head h uses key head h / (H / G). Position x of sequence b lies in page t = key_table[b, g, x / page] int32
 // [B, 1 or G, N], at keys[key_row[b]?, g, t, x mod page]; keys [R, G, P, page, d] and values [R', G, P', page, d] with
 // any strides but along the last dimension; key_row? int32 [B] (absent: 0 where R = 1, else b); values the same with
-// value_table? (absent: key_table) and value_row?. A page of -1 is not there: its positions count but are not seen.
+// value_table? (absent: key_table) and value_row?. A page of -1 in either table is not there: its
+// positions count but are not seen.
 // new_keys?, new_values? [T, G, d] are written first, at the positions of their rows (length counts them).
 // The softmax goes on where begun_out? [T, H, d] float32 and begun_lse? [T, H] float32 ended (-inf: nothing yet).
 // out [T, H, d] in the dtype of query or float32; lse? [T, H] float32 = log Σ exp. A row that sees nothing: 0 and -inf.

@@ -71,7 +71,8 @@ def cache(made, **options):
 
 
 def tokens(*shape, seed=1):
-    return torch.randint(10, 300, shape, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randint(10, 300, shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return drawn.to(torch.get_default_device())
 
 
 @torch.no_grad()

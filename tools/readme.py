@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = {  # first word of a provider's name -> heading of its column; the family's fastest right answer counts
     "eager": "torch eager",
     "grouped_mm": "torch grouped_mm",
+    "aten": "torch SDPA",
     "compile": "torch.compile",
     "lce": "F.linear_cross_entropy",
     "trl": "TRL",

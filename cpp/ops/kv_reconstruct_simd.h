@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of keys out of their factors: a gathered row of u times the basis of a key head, and RoPE while the product is in
-// cache. A word is 32 bits: a float, or two bfloat16 that are neighbours along the rank ("pairs", where the CPU
+// Rows of keys out of their factors: a gathered row of u times the basis of a key head, and RoPE while the product is
+// in cache. A word is 32 bits: a float, or two bfloat16 that are neighbours along the rank ("pairs", where the CPU
 // multiplies such pairs in one instruction; int8 and bfloat16 factors and a bfloat16 basis lose nothing by it).
 #pragma once
 

@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // A (row, key head) at a time by one thread, logits and scores staying in its cache; where there are fewer of them than
 // threads, first all logits in parts of kPart chunks, then the rest of each. A logit is the same number either way.
+//
+// One thread of a virtual AMD EPYC that others used too, 4096 chunks of 8 key heads of 128, 32 query heads, landmarks
+// not in cache: 0.50 ms, where a copy of as many bytes takes 0.21. Of that 0.35 are logits (0.23 products, the rest the
+// transpose that lets 16 chunks lie side by side), 0.04 scores, 0.03 the choice, 0.01 the call from Python. torch on
+// landmarks in bfloat16: 3.7 to 3.9 times as long.
 #include <algorithm>
 #include <cmath>
 #include <string>

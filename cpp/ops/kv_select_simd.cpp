@@ -107,8 +107,8 @@ void with_heads(int64_t n, F&& f) {
 
 #if defined(__AVX512VNNI__)
 
-// The 16 rows from `next` on (may be null), stride apart, are fetched a line at a time: as many as there are words. All of
-// them in one burst kept the loads of the transpose waiting, a third of the time.
+// The 16 rows from `next` on (may be null), stride apart, are fetched a line at a time: as many as there are words. All
+// of them in one burst kept the loads of the transpose waiting, a third of the time.
 template <int Heads>
 void multiply_digits(const char* packed, const __m512i* columns, int64_t words, __m512 scale, const int8_t* next,
                      int64_t stride, float* out, int64_t row) {

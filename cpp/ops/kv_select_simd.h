@@ -19,8 +19,8 @@ struct SelectKernels {
   // elements apart; up to the next multiple of kSelectLanes anything may be written.
   void (*logits)(const void* packed, int64_t heads, int64_t d, DType dtype, const void* landmark, int64_t row_stride,
                  const float* scale, int64_t count, float* out, int64_t row);
-  // score[i] = max over h of logits[h · row + i] - log Σ_i e^logits[h · row + i]; NaN counts as lowest, the rest of the
-  // last kSelectLanes becomes -inf.
+  // score[i] = max over h of logits[h · row + i] - log Σ_i e^logits[h · row + i]; NaN counts as lowest, the rest of
+  // the last kSelectLanes becomes -inf.
   void (*scores)(float* logits, int64_t row, int64_t heads, int64_t count, float* score);
   // Indices in ascending order of the `wanted` largest scores above -inf, the lower index of two equal ones; returns
   // how many. scratch and picked have room for kSelectLanes more than count.

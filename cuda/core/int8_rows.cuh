@@ -16,7 +16,8 @@ __device__ inline float max_or_nan(float a, float b) { return a > b || a != a ? 
 struct Int8Row {
   float scale, inverse;
 
-  __device__ explicit Int8Row(float max) : scale(max / 127.0f), inverse(scale >= 1.17549435e-38f ? 1.0f / scale : 0.0f) {}
+  __device__ explicit Int8Row(float max)
+      : scale(max / 127.0f), inverse(scale >= 1.17549435e-38f ? 1.0f / scale : 0.0f) {}
   __device__ int8_t operator()(float x) const {
     return static_cast<int8_t>(rintf(fminf(fmaxf(x * inverse, -127.0f), 127.0f)));
   }

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Gram matrix in two launches: blocks sum their share of the tokens into tiles of their own, then tiles are added up in the
 // order of the tokens and mirrored. Projection: directions become pairs of 16-bit numbers, then one launch.
-#include "cuda/ops/kv_factorize.cuh"
-
 #include <cmath>
 
 #include "cuda/ops.h"
+#include "cuda/ops/kv_factorize.cuh"
 
 namespace fastpost::cuda {
 namespace {
@@ -83,9 +82,8 @@ __global__ void __launch_bounds__(kThreads) project_kernel(ProjectWork w, int bl
         for (int i = 0; i < 4; ++i) {
           const int a_k = thread % kStep, row = thread / kStep + 16 * i, b_k = thread / kTile + 4 * i;
           const int column = chunk * kTile + thread % kTile;
-          factors.a[a_k][row] = row < place.rows && first + a_k < w.keys.d
-                                    ? to_float(keys[row * w.keys.row_stride + first + a_k])
-                                    : 0.0f;
+          factors.a[a_k][row] =
+              row < place.rows && first + a_k < w.keys.d ? to_float(keys[row * w.keys.row_stride + first + a_k]) : 0.0f;
           factors.b[b_k][thread % kTile] =
               column < w.rank && first + b_k < w.keys.d
                   ? directions[(first + b_k) * w.direction_strides[1] + column * w.direction_strides[2]]
@@ -180,7 +178,12 @@ __global__ void __launch_bounds__(kThreads) add_kernel(GramWork w, int m, int n,
 // ---- which kernel ----
 
 Keys keys_of(const Tensor& keys, const Tensor& length) {
-  return {keys.data, keys.stride(0), keys.stride(1), keys.size(1), length.ptr<const int32_t>(), static_cast<int>(keys.size(2))};
+  return {keys.data,
+          keys.stride(0),
+          keys.stride(1),
+          keys.size(1),
+          length.ptr<const int32_t>(),
+          static_cast<int>(keys.size(2))};
 }
 
 bool has_pieces(const Tensor& keys) {  // of 16 bytes
@@ -221,7 +224,8 @@ int64_t kv_factorize_bytes(Tensor keys, int64_t rank) {
 void kv_factorize_gram(Tensor keys, Tensor length, Tensor workspace, Tensor gram) {
   const Stream stream("kv_factorize", keys);
   const int64_t batch = keys.size(0), d = keys.size(2);
-  const bool halves = has_pieces(keys), hopper = halves && fits_sm90(keys) && kBuiltForSm90 && capability(stream, keys) == 9;
+  const bool halves = has_pieces(keys),
+             hopper = halves && fits_sm90(keys) && kBuiltForSm90 && capability(stream, keys) == 9;
   const GramPlan plan = hopper ? kPlanSm90 : halves ? kPlanSm80 : kPlainPlan;
   const Splits splits = plan.splits(keys.size(1), d);
   const GramWork w = {keys_of(keys, length), splits.count, splits.tokens, workspace.ptr<float>()};
@@ -260,9 +264,8 @@ void kv_factorize_project(Tensor keys, Tensor length, Tensor directions, Tensor 
   }
   if (!has_pieces(keys)) {
     const int64_t blocks = blocks_for(keys.size(1), kTile);
-    visit_float(keys.dtype, [&]<class T>(T) {
-      launch(project_kernel<T>, batch * blocks, kThreads, 0, stream, w, blocks);
-    });
+    visit_float(keys.dtype,
+                [&]<class T>(T) { launch(project_kernel<T>, batch * blocks, kThreads, 0, stream, w, blocks); });
     return;
   }
   const auto split = [&]<class T>(T) {

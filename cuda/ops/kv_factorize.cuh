@@ -116,7 +116,7 @@ struct ProjectWork {
   int64_t direction_strides[3];
   void* u;
   int64_t u_strides[3];
-  bool wide;  // u is float32
+  bool wide;     // u is float32
   float* scale;  // null: u is a float dtype
   int64_t scale_strides[2];
 };
@@ -197,7 +197,8 @@ __device__ __forceinline__ void finish_rows(const ProjectWork& w, const Place& p
     const int64_t token = int64_t{p.first} + row;
     if (!last || token >= w.keys.tokens) continue;
     const Int8Row quantize(max);
-    if (w.scale && chunk == 0 && lane == 0) w.scale[p.b * w.scale_strides[0] + token * w.scale_strides[1]] = quantize.scale;
+    if (w.scale && chunk == 0 && lane == 0)
+      w.scale[p.b * w.scale_strides[0] + token * w.scale_strides[1]] = quantize.scale;
     FP_UNROLL
     for (int i = 0; i < kPieces; ++i) {
       const int in_chunk = 4 * (lane + kLanes * i), column = chunk * kN + in_chunk, count = w.rank - column;

@@ -143,8 +143,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) eight_kernel(Landmarks w, Grid3
   const float sum = sums_of_16(sums, lane);
   mean_square = warp_reduce(mean_square, add);
   const float square = shuffle_xor(sum, kWarp / 2);  // of the member whose dot a lane of the first half has
-  const float similarity =
-      warp_reduce(lane < kWarp / 2 ? cosine(sum, square, mean_square) : INFINITY, min_or_nan);
+  const float similarity = warp_reduce(lane < kWarp / 2 ? cosine(sum, square, mean_square) : INFINITY, min_or_nan);
   const Int8Row row(w.scale.data ? warp_reduce(max, max_or_nan) : 0.0f);
   if (here) store_mean<T, N>(w, place, column, mean, row);
   if (lane == 0) store_scalars(w, place, row.scale, similarity);

@@ -88,6 +88,13 @@ Table table_of(const Tensor& t) {
   return {t.data, t.size(0) > 1 ? t.stride(0) : 0, t.stride(1), t.dtype == DType::Float32};
 }
 
+// Whether rows of t are whole pieces of 16 bytes, `elements` in each.
+bool has_pieces(const Tensor& t, int64_t elements, int dimensions) {
+  bool all = reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.size(dimensions) % elements == 0;
+  for (int i = 0; i < dimensions; ++i) all = all && (t.size(i) <= 1 || t.stride(i) % elements == 0);
+  return all;
+}
+
 // Where a GPU finds what may lie in the host's memory. Asking neither waits nor is it recorded in a graph.
 const void* reachable(const Stream& stream, const char* name, const Tensor& t) {
   if (!t.defined() || t.device == Device::CUDA || t.numel() == 0) return t.data;
@@ -136,6 +143,8 @@ void kv_reconstruct(Tensor u, Tensor scale, Tensor basis, Tensor cos, Tensor sin
     w.scale = scale.ptr<const float>();
     for (int i = 0; i < 2; ++i) w.scale_strides[i] = scale.stride(i);
   }
+  w.u_pieces = (scale.defined() || u.dtype == DType::BFloat16) && has_pieces(u, scale.defined() ? 16 : 8, 2);
+  w.basis_pieces = has_pieces(basis, w.basis_wide ? 4 : 8, 3) && w.d % 8 == 0;
   if (values.defined()) {
     w.values = reachable(stream, "values", values);
     w.value_count = values.size(2);

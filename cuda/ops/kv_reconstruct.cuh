@@ -27,6 +27,7 @@ struct ReconstructWork {
   DType u_type;     // int8 where scale is not null
   bool basis_wide;  // float32; else bfloat16
   int64_t u_strides[2], basis_strides[3];
+  bool u_pieces, basis_pieces;  // rows of int8 or bfloat16, and of a basis, are whole pieces of 16 bytes
   const float* scale;
   int64_t scale_strides[2];
   Table cos, sin;

@@ -7,7 +7,8 @@
 // order for the rotation. Only the basis is shared between warps. What takes time is waiting for rows of u, tables and basis,
 // not the products, so all of a row is asked for at once.
 //
-// No GPU has run it yet; tests run it on the host.
+// No GPU has run it yet; tests run it on the host. nvcc 13.0, sm_80 and sm_90a: up to 64, 128 and 256 columns 143, 182 and 239
+// registers, no spills; rank 160 by 128 columns has 64 KB of shared memory, 106 KB with a float32 basis.
 #include "cuda/core/mma.cuh"
 #include "cuda/ops/kv_reconstruct.cuh"
 
@@ -53,84 +54,114 @@ __device__ __forceinline__ void store_eight(char* to, const float (&x)[8]) {
   *reinterpret_cast<Packed<uint32_t, 4>*>(to) = packed;
 }
 
-// Rows [first, first + step) of a head's basis, zeros where there are none; by the block.
+// Rows [first, first + step) of a head's basis, zeros where there are none; by the block, and there after copies_wait and a
+// barrier. Whole rows are asked for before any has come.
 template <int kColumns>
 __device__ __forceinline__ void load_basis(const ReconstructWork& w, const Layout& l, int64_t p, int64_t g, int first,
                                            char* shared) {
-  constexpr int kPieces = kColumns / 8;
+  constexpr int kPieces = kColumns / 8, kAhead = 4;
   const int64_t head = p * w.basis_strides[0] + g * w.basis_strides[1];
-  for (int i = static_cast<int>(threadIdx.x); i < l.step * kPieces; i += kThreads) {
-    const int row = i / kPieces, column = i % kPieces * 8, k = first + row, count = w.d - column;
-    char* to = shared + row * l.basis_row + column * 2;
-    float x[8] = {};
-    if (k < w.rank && count > 0) {
-      const int64_t at = head + k * w.basis_strides[2] + column;
-      if (count >= 8 && !w.basis_wide && is_aligned<bfloat16, 8>(static_cast<const bfloat16*>(w.basis) + at)) {
-        *reinterpret_cast<Packed<bfloat16, 8>*>(to) =
-            *reinterpret_cast<const Packed<bfloat16, 8>*>(static_cast<const bfloat16*>(w.basis) + at);
-        continue;
-      }
-      if (count >= 8 && w.basis_wide) {
+  const int count = l.step * kPieces, thread = static_cast<int>(threadIdx.x);
+  const auto place = [&](int i) { return shared + i / kPieces * l.basis_row + i % kPieces * 16; };
+  if (w.basis_pieces && !w.basis_wide) {
+    const bfloat16* from = static_cast<const bfloat16*>(w.basis) + head;
+    for (int i = thread; i < count; i += kThreads) {
+      const int k = first + i / kPieces, column = i % kPieces * 8;
+      const bool exists = k < w.rank && column < w.d;
+      copy_async(place(i), from + (exists ? k * w.basis_strides[2] + column : 0), exists);
+    }
+    copies_commit();
+    return;
+  }
+  for (int begin = thread; begin < count; begin += kAhead * kThreads) {
+    float x[kAhead][8];
+    FP_UNROLL
+    for (int a = 0; a < kAhead; ++a) {
+      const int i = begin + a * kThreads, k = first + i / kPieces, column = i % kPieces * 8;
+      const int there = i < count && k < w.rank ? w.d - column : 0;
+      const int64_t at = there > 0 ? head + k * w.basis_strides[2] + column : head;
+      if (w.basis_pieces) {  // float32; a whole piece is there, or none
+        const auto* from = reinterpret_cast<const Packed<float, 4>*>(static_cast<const float*>(w.basis) + at);
+        const Packed<float, 4> low = from[0], high = from[1];
         FP_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const Floats<4> four = load<4>(static_cast<const float*>(w.basis) + at + 4 * half);
-          FP_UNROLL
-          for (int c = 0; c < 4; ++c) x[4 * half + c] = four.v[c];
-        }
+        for (int c = 0; c < 8; ++c) x[a][c] = there > 0 ? c < 4 ? low.v[c] : high.v[c - 4] : 0.0f;
       } else {
         FP_UNROLL
         for (int c = 0; c < 8; ++c) {
-          if (c < count) {
-            x[c] = w.basis_wide ? static_cast<const float*>(w.basis)[at + c]
-                                : to_float(static_cast<const bfloat16*>(w.basis)[at + c]);
-          }
+          x[a][c] = c >= there     ? 0.0f
+                    : w.basis_wide ? static_cast<const float*>(w.basis)[at + c]
+                                   : to_float(static_cast<const bfloat16*>(w.basis)[at + c]);
         }
       }
     }
-    store_eight(to, x);
-    if (l.parts == 1) continue;
     FP_UNROLL
-    for (int c = 0; c < 8; ++c) x[c] -= to_float(from_float<bfloat16>(x[c]));
-    store_eight(to + l.part_bytes, x);
+    for (int a = 0; a < kAhead; ++a) {
+      const int i = begin + a * kThreads;
+      if (i >= count) break;
+      store_eight(place(i), x[a]);
+      if (l.parts == 1) continue;
+      FP_UNROLL
+      for (int c = 0; c < 8; ++c) x[a][c] -= to_float(from_float<bfloat16>(x[a][c]));
+      store_eight(place(i) + l.part_bytes, x[a]);
+    }
   }
 }
 
-// 16 rows of u, [first, first + step) of each, by a warp; zeros where there are none. tokens: of row (lane / 2), -1: none.
-__device__ __forceinline__ void load_rows(const ReconstructWork& w, const Layout& l, int64_t p, int64_t token, int first,
-                                          char* rows, int lane) {
-  const int row = lane / 2;  // two lanes have a row
-  const int left = w.rank - first, count = left < l.step ? left : l.step;
-  const int64_t at = p * w.u_strides[0] + (token < 0 ? 0 : token) * w.u_strides[1] + first;
-  char* to = rows + row * l.u_row;
-  if (w.u_type == DType::BFloat16) {
-    const bfloat16* from = static_cast<const bfloat16*>(w.u) + at;
-    for (int k = lane % 2 * 8; k < l.step; k += 16) {
-      if (token >= 0 && k + 8 <= count) {
-        copy<8>(from + k, reinterpret_cast<bfloat16*>(to) + k);
-      } else {
-        for (int i = 0; i < 8; ++i) {
-          reinterpret_cast<bfloat16*>(to)[k + i] = token >= 0 && k + i < count ? from[k + i] : bfloat16{0};
+// 16 rows of u, [first, first + step) of each, by a warp; zeros where there are none. token(row): of a row, -1: none.
+template <class Token>
+__device__ __forceinline__ void load_rows(const ReconstructWork& w, const Layout& l, int64_t p, int first, char* rows,
+                                          int lane, Token token) {
+  const int left = w.rank - first, there = left < l.step ? left : l.step;
+  if (w.u_pieces && !w.scale) {  // bfloat16, as it is; there after copies_wait
+    const bfloat16* u = static_cast<const bfloat16*>(w.u) + p * w.u_strides[0] + first;
+    const int pieces = l.step / 8;
+    for (int i = lane; i < kRows * pieces; i += 32) {
+      const int column = i % pieces * 8;
+      const int64_t t = column < there ? token(i / pieces) : -1;
+      copy_async(rows + i / pieces * l.u_row + i % pieces * 16, t < 0 ? w.u : u + t * w.u_strides[1] + column, t >= 0);
+    }
+    copies_commit();
+    return;
+  }
+  if (w.u_pieces) {            // int8, 16 at a time
+    constexpr int kAhead = 5;  // a rank of 160 at once
+    const int8_t* u = static_cast<const int8_t*>(w.u) + p * w.u_strides[0] + first;
+    const int pieces = l.step / 16, count = kRows * pieces;
+    for (int begin = lane; begin < count; begin += kAhead * 32) {
+      Packed<int8_t, 16> ahead[kAhead];
+      FP_UNROLL
+      for (int a = 0; a < kAhead; ++a) {
+        const int i = begin + a * 32, column = i % pieces * 16;
+        const int64_t t = i < count && column < there ? token(i / pieces) : -1;
+        ahead[a] = {};
+        if (t >= 0) ahead[a] = *reinterpret_cast<const Packed<int8_t, 16>*>(u + t * w.u_strides[1] + column);
+      }
+      FP_UNROLL
+      for (int a = 0; a < kAhead; ++a) {
+        const int i = begin + a * 32;
+        if (i >= count) break;
+        FP_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          float x[8];
+          FP_UNROLL
+          for (int c = 0; c < 8; ++c) x[c] = static_cast<float>(ahead[a].v[8 * half + c]);
+          store_eight(rows + i / pieces * l.u_row + i % pieces * 32 + half * 16, x);
         }
       }
     }
     return;
   }
-  const int8_t* from = static_cast<const int8_t*>(w.u) + at;
-  const bool pieces = token >= 0 && is_aligned<int8_t, 8>(from);
-#ifdef __CUDACC__
-#pragma unroll 4  // loads that are on their way together
-#endif
+  const int64_t t = token(lane / 2);  // two lanes have a row
+  const int64_t at = p * w.u_strides[0] + (t < 0 ? 0 : t) * w.u_strides[1] + first;
+  char* to = rows + lane / 2 * l.u_row;
   for (int k = lane % 2 * 8; k < l.step; k += 16) {
     float x[8];
-    Packed<int8_t, 8> eight = {};
-    if (pieces && k + 8 <= count) {
-      eight = *reinterpret_cast<const Packed<int8_t, 8>*>(from + k);
-    } else if (token >= 0) {
-      FP_UNROLL
-      for (int i = 0; i < 8; ++i) eight.v[i] = k + i < count ? from[k + i] : int8_t{0};
-    }
     FP_UNROLL
-    for (int i = 0; i < 8; ++i) x[i] = static_cast<float>(eight.v[i]);
+    for (int c = 0; c < 8; ++c) {
+      x[c] = t < 0 || k + c >= there ? 0.0f
+             : w.scale               ? static_cast<float>(static_cast<const int8_t*>(w.u)[at + k + c])
+                                     : to_float(static_cast<const bfloat16*>(w.u)[at + k + c]);
+    }
     store_eight(to + k * 2, x);
   }
 }
@@ -158,9 +189,8 @@ __device__ __forceinline__ void multiply(const Layout& l, const char* rows, cons
 }
 
 template <class T, int kColumns>
-// Two blocks at least: without saying so, ptxas would rather spill than have fewer of them.
-__global__ void __launch_bounds__(kThreads, 2) reconstruct_kernel(ReconstructWork w, Layout l, int64_t rows,
-                                                               int64_t key_blocks, int64_t value_blocks) {
+__global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 3 : 2)
+    reconstruct_kernel(ReconstructWork w, Layout l, int64_t rows, int64_t key_blocks, int64_t value_blocks) {
   FP_DYNAMIC_SHARED(char, shared);
   constexpr int kBlocks = kColumns / 8;
   __shared__ Pick picks[32];
@@ -184,10 +214,7 @@ __global__ void __launch_bounds__(kThreads, 2) reconstruct_kernel(ReconstructWor
   __syncthreads();
   const int all = picked * w.chunk;  // rows
   if (all == 0) return;
-  if (l.steps == 1) {
-    load_basis<kColumns>(w, l, p, g, 0, shared);
-    __syncthreads();
-  }
+  if (l.steps == 1) load_basis<kColumns>(w, l, p, g, 0, shared);
 
   char* mine = shared + l.parts * l.part_bytes + warp * l.warp_bytes;
   const auto pick_of_row = [&](int row) { return picks[row / w.chunk]; };
@@ -202,10 +229,13 @@ __global__ void __launch_bounds__(kThreads, 2) reconstruct_kernel(ReconstructWor
       if (l.steps > 1) {
         __syncthreads();  // nobody reads the last one
         load_basis<kColumns>(w, l, p, g, step * l.step, shared);
-        __syncthreads();
       }
+      if (busy) {
+        load_rows(w, l, p, step * l.step, mine, lane, [&](int row) { return token_of_row(first_row + row); });
+      }
+      copies_wait<0>();
+      if (l.steps > 1 || base == 0) __syncthreads();  // the basis has just been asked for
       if (!busy) continue;
-      load_rows(w, l, p, token_of_row(first_row + lane / 2), step * l.step, mine, lane);
       __syncwarp();
       multiply(l, mine, shared, lane, sums);
       __syncwarp();

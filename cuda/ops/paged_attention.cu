@@ -6,6 +6,8 @@
 // positions whatever a sequence's length, so they depend on shapes alone, and a row's bits on its own length. Many rows: a
 // block for each tile of rows; it goes through all positions that these see.
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 #include "core/arena.h"
 #include "cuda/ops.h"
@@ -250,6 +252,10 @@ void paged_attention(Tensor query, Tensor keys, Tensor values, Tensor key_table,
   const int64_t rows = query.size(0), heads = query.size(1), d = query.size(2), sequences = key_table.size(0);
   const int64_t page = keys.size(3), positions = std::min<int64_t>(key_table.size(2) * page, INT32_MAX);
   if (rows == 0 || sequences == 0) return;
+  if (d > kMostHeadSize) {
+    throw std::invalid_argument("[paged_attention] query: expected rows of at most " + std::to_string(kMostHeadSize) +
+                                " on a GPU, got " + std::to_string(d) + ". Move the tensors to the CPU.");
+  }
   const Space space(workspace.ptr<char>(), rows, heads, d, sequences, positions);
   Attention w = {};
   w.query = query.data;

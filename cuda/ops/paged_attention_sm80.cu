@@ -5,7 +5,8 @@
 // A tile of many rows: 64 packed rows, 16 to a warp, and steps of 64 keys that all warps use. One token: 16 packed rows that
 // every warp has, and steps of 16 keys of its own; a warp waits for nobody until all four put their sums together.
 //
-// No GPU has run it yet; tests run it on the host.
+// No GPU has run it yet; tests run it on the host. nvcc 13.0, sm_80 and sm_90a, heads of 64, 128 and 256: tiles 189 to 254
+// registers and 35, 67 and 98 KB of shared memory; one token 114 to 215 registers and 37, 71 and 139 KB; no spills.
 #include "cuda/ops/paged_attention.cuh"
 
 namespace fastpost::cuda {
@@ -236,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks) attend_kernel(Attention 
                   (tile.head * w.group + packed % w.group) * w.query_head + chunk * 8,
               to);
     } else {
-      for (int k = 0; k < 8; ++k) to[k] = T{};
+      *reinterpret_cast<Packed<T, 8>*>(to) = {};
     }
   }
   __syncthreads();

@@ -8,6 +8,8 @@
 #include "cuda/core/launch.h"
 #include "cuda/ops.h"
 #include "cuda/ops/grouped_gemm.cuh"
+#include "cuda/ops/kv_factorize.cuh"
+#include "cuda/ops/kv_reconstruct.cuh"
 
 namespace {
 
@@ -79,6 +81,27 @@ void grouped_tiles(fastpost::Tensor offset, int64_t rows, int64_t tile_rows, int
                column_tiles, out.ptr<int32_t>());
 }
 
+// Row and column of each tile of a Gram matrix: out [tiles, 2].
+void gram_tiles(int64_t d, int64_t m, int64_t n, fastpost::Tensor out) {
+  const cuda::Triangle triangle(static_cast<int>(d), static_cast<int>(m), static_cast<int>(n));
+  if (triangle.count() != out.size(0)) throw std::runtime_error("there are " + std::to_string(triangle.count()));
+  for (int i = 0; i < triangle.count(); ++i) {
+    const cuda::Triangle::Tile tile = triangle.at(i);
+    if (triangle.index(tile.row, tile.column) != i) throw std::runtime_error("index of a tile");
+    out.ptr<int64_t>()[2 * i] = tile.row;
+    out.ptr<int64_t>()[2 * i + 1] = tile.column;
+  }
+}
+
+// What each block of a mixed launch is: out [keys + values, 2] = (1 for keys, its number).
+void mixed_blocks(int64_t keys, int64_t values, fastpost::Tensor out) {
+  for (int64_t i = 0; i < keys + values; ++i) {
+    const cuda::Mixed block = cuda::mixed(i, keys, values);
+    out.ptr<int64_t>()[2 * i] = block.key;
+    out.ptr<int64_t>()[2 * i + 1] = block.index;
+  }
+}
+
 // A function of the core that returns bytes, as one that writes them to its last argument.
 template <auto F>
 struct BytesOf;
@@ -126,6 +149,8 @@ const Export exports[] = {
     {"grouped_gemm_activate", address<cuda::grouped_gemm_activate>},
     {"grouped_tiles", address<grouped_tiles>},
     {"grouped_bytes", address<BytesOf<cuda::grouped_gemm_bytes>::call>},
+    {"gram_tiles", address<gram_tiles>},
+    {"mixed_blocks", address<mixed_blocks>},
     {"kv_factorize_gram", address<cuda::kv_factorize_gram>},
     {"kv_factorize_project", address<cuda::kv_factorize_project>},
     {"kv_factorize_bytes", address<BytesOf<cuda::kv_factorize_bytes>::call>},

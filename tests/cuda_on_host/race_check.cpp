@@ -209,29 +209,25 @@ void grouped_gemm_weight_gradient(Buffers&) {
                                      view(g.weight_half, Grouped::kW, DType::BFloat16), Tensor{});
 }
 
-// Two query heads to one key head of 64. Two sequences of 140 positions, so that decoding has two splits, or a prompt.
+// The last token of 132, in two splits, or the last five: rows of two warps, and three steps of all positions where a step has
+// 64, otherwise two of a window.
 struct Paged {
-  static constexpr int64_t kRows = 70, kPool[] = {1, 1, 20, 16, 64}, kQuery[] = {kRows, 2, 64}, kNew[] = {kRows, 1, 64},
-                           kTwo[] = {2}, kDecode[] = {2, 2, 64}, kNewDecode[] = {2, 1, 64}, kTables[] = {2, 1, 10},
-                           kBytes[] = {1 << 16}, kPrompts[] = {1, 1, 10}, kOne[] = {1};
-  std::vector<float> keys = std::vector<float>(20 * 16 * 64, 0.5f), values = keys, query = keys, out = keys, fresh = keys;
-  std::vector<uint16_t> half_keys = std::vector<uint16_t>(20 * 16 * 64, 0x3f80), half_values = half_keys,
+  static constexpr int64_t kRows = 5, kPool[] = {1, 1, 9, 16, 8}, kPrompt[] = {kRows, 4, 8}, kToken[] = {1, 4, 8},
+                           kNew[] = {kRows, 1, 8}, kNewToken[] = {1, 1, 8}, kTable[] = {1, 1, 9}, kSpace[] = {4096};
+  std::vector<float> keys = std::vector<float>(9 * 16 * 8, 0.5f), values = keys, query = keys, out = keys, fresh = keys;
+  std::vector<uint16_t> half_keys = std::vector<uint16_t>(9 * 16 * 8, 0x3f80), half_values = half_keys,
                         half_query = half_keys, half_out = half_keys, half_fresh = half_keys;
-  std::vector<uint8_t> space = std::vector<uint8_t>(kBytes[0]);
-  std::vector<int32_t> table = std::vector<int32_t>(20), length = {140, 139}, bounds = {0, kRows};
-  Paged() {
-    for (int i = 0; i < 20; ++i) table[i] = i;
-  }
+  std::vector<uint8_t> space = std::vector<uint8_t>(kSpace[0]);
+  std::vector<int32_t> table = {0, 1, 2, 3, 4, 5, 6, 7, 8}, length = {132}, bounds = {0, kRows};
   template <class V>
   void run(bool prompt, DType dtype, V& q, V& k, V& v, V& n, V& o) {
-    if (prompt) length[0] = kRows;
-    const Tensor rows = view(n, prompt ? kNew : kNewDecode, dtype);
-    cuda::paged_attention(view(q, prompt ? kQuery : kDecode, dtype), view(k, kPool, dtype), view(v, kPool, dtype),
-                          view(table, prompt ? kPrompts : kTables, DType::Int32), Tensor{},
-                          view(length, prompt ? kOne : kTwo, DType::Int32),
-                          prompt ? view(bounds, kTwo, DType::Int32) : Tensor{}, Tensor{}, Tensor{}, rows, rows, Tensor{},
-                          Tensor{}, 0.125, 0.0, 0, view(space, kBytes, DType::UInt8),
-                          view(o, prompt ? kQuery : kDecode, dtype), Tensor{});
+    const auto rows = [&](V& data) { return prompt ? view(data, kPrompt, dtype) : view(data, kToken, dtype); };
+    const Tensor fresh_rows = prompt ? view(n, kNew, dtype) : view(n, kNewToken, dtype);
+    cuda::paged_attention(rows(q), view(k, kPool, dtype), view(v, kPool, dtype), view(table, kTable, DType::Int32),
+                          Tensor{}, view(length, kPair, DType::Int32),
+                          prompt ? view(bounds, kRow, DType::Int32) : Tensor{}, Tensor{}, Tensor{}, fresh_rows,
+                          fresh_rows, Tensor{}, Tensor{}, 0.125, 0.0, prompt && dtype != DType::Float32 ? 0 : 40,
+                          view(space, kSpace, DType::UInt8), rows(o), Tensor{});
   }
 };
 template <bool kPrompt>
@@ -250,7 +246,7 @@ void kv_select(Buffers&) {  // among equal chunks, and all of them
   std::vector<float> query(2 * 16, 0.5f), landmark(70 * 16, 1.0f);
   std::vector<int32_t> count = {70}, kept = {3, 65}, resident(80, 5), chunks(80), slots(80);
   std::vector<uint8_t> fresh(80), space(kBytes[0]);
-  for (int i = 0; i < 80; ++i) resident[i] = i;
+  for (int i = 0; i < 80; ++i) resident[i] = i / 2;
   const auto choose = [&](auto& shape) {
     cuda::kv_select(view(query, kQuery, DType::Float32), view(landmark, kLandmark, DType::Float32), Tensor{}, Tensor{},
                     view(count, kCount, DType::Int32), view(kept, kKept, DType::Int32), 0.25,
@@ -260,6 +256,68 @@ void kv_select(Buffers&) {  // among equal chunks, and all of them
   };
   choose(kFew);
   choose(kAll);
+}
+
+// Keys of 24 tokens, two key heads of 8, rank 8; chunks of 8. Half: bfloat16, by matrix instructions.
+struct Factors {
+  static constexpr int64_t kKeys[] = {1, 24, 16}, kGram[] = {1, 16, 16}, kDirections[] = {1, 16, 8}, kU[] = {1, 24, 8},
+                           kScale[] = {1, 24}, kSpace[] = {1 << 18}, kHeads[] = {1, 2, 24, 8}, kChunks[] = {1, 2, 3},
+                           kThrees[] = {1, 2, 3, 8}, kSixes[] = {1, 2, 6, 8}, kOfSixes[] = {1, 2, 6},
+                           kSlots[] = {1, 2, 3}, kBasis[] = {1, 2, 8, 8}, kTable[] = {1, 24, 4},
+                           kPool[] = {1, 2, 3, 8, 8};
+  std::vector<float> keys = std::vector<float>(24 * 16, 0.5f), gram = keys, directions = keys, scale = keys,
+                     basis = keys, table = keys, pool = std::vector<float>(2 * 3 * 64), values = pool;
+  std::vector<uint16_t> half_keys = std::vector<uint16_t>(24 * 16, 0x3f80), half_pool = half_keys,
+                        half_values = half_keys;
+  std::vector<uint8_t> u = std::vector<uint8_t>(24 * 16, 3), space = std::vector<uint8_t>(kSpace[0]);
+  std::vector<int32_t> chunks = {0, 1, 2, 0, 1, 2};
+
+  Tensor floats(std::vector<float>& data, auto& shape) { return view(data, shape, DType::Float32); }
+  Tensor halves(std::vector<uint16_t>& data, auto& shape) { return view(data, shape, DType::BFloat16); }
+  Tensor view_u(auto& shape) { return view(u, shape, DType::Int8); }
+  Tensor view_space() { return view(space, kSpace, DType::UInt8); }
+  void gram_of(Tensor k) { cuda::kv_factorize_gram(k, Tensor{}, view_space(), floats(gram, kGram)); }
+  void project(Tensor k) {
+    cuda::kv_factorize_project(k, Tensor{}, floats(directions, kDirections), view_space(), view_u(kU),
+                               floats(scale, kScale));
+  }
+  void reconstruct(Tensor v, Tensor keys_out, Tensor pool_out) {
+    cuda::kv_reconstruct(view_u(kU), floats(scale, kScale), floats(basis, kBasis), floats(table, kTable),
+                         floats(table, kTable), Tensor{}, view(chunks, kSlots, DType::Int32), Tensor{}, Tensor{}, v,
+                         Tensor{}, Tensor{}, keys_out, pool_out);
+  }
+};
+void kv_factorize_gram(Buffers&) {
+  Factors f;
+  f.gram_of(f.floats(f.keys, Factors::kKeys));
+}
+void kv_factorize_gram_half(Buffers&) {
+  Factors f;
+  f.gram_of(f.halves(f.half_keys, Factors::kKeys));
+}
+void kv_factorize_project(Buffers&) {
+  Factors f;
+  f.project(f.floats(f.keys, Factors::kKeys));
+}
+void kv_factorize_project_half(Buffers&) {
+  Factors f;
+  f.project(f.halves(f.half_keys, Factors::kKeys));
+}
+void kv_landmarks(Buffers&) {  // by either kernel
+  Factors f;
+  cuda::kv_landmarks(f.halves(f.half_keys, Factors::kHeads), Tensor{}, 8, f.view_u(Factors::kThrees),
+                     f.floats(f.scale, Factors::kChunks), f.floats(f.gram, Factors::kChunks));
+  cuda::kv_landmarks(f.halves(f.half_keys, Factors::kHeads), Tensor{}, 4, f.view_u(Factors::kSixes),
+                     f.floats(f.scale, Factors::kOfSixes), f.floats(f.gram, Factors::kOfSixes));
+}
+void kv_reconstruct(Buffers&) {
+  Factors f;
+  f.reconstruct(f.floats(f.values, Factors::kPool), f.floats(f.pool, Factors::kPool), f.floats(f.gram, Factors::kPool));
+}
+void kv_reconstruct_half(Buffers&) {
+  Factors f;
+  f.reconstruct(f.halves(f.half_values, Factors::kPool), f.halves(f.half_pool, Factors::kPool),
+                f.halves(f.half_keys, Factors::kPool));
 }
 
 struct Entry {
@@ -294,6 +352,13 @@ constexpr Entry kEntries[] = {
     {"paged_attention_half", paged_attention_half<false>},
     {"paged_attention_half_prompt", paged_attention_half<true>},
     {"kv_select", kv_select},
+    {"kv_factorize_gram", kv_factorize_gram},
+    {"kv_factorize_gram_half", kv_factorize_gram_half},
+    {"kv_factorize_project", kv_factorize_project},
+    {"kv_factorize_project_half", kv_factorize_project_half},
+    {"kv_landmarks", kv_landmarks},
+    {"kv_reconstruct", kv_reconstruct},
+    {"kv_reconstruct_half", kv_reconstruct_half},
 };
 
 int races = 0;

@@ -346,19 +346,26 @@ def test_races(tmp_path):
     assert done.returncode == 0, done.stderr[-1000:]
     races = {(kernel, int(n)): int(count) for kernel, n, count in map(str.split, done.stdout.splitlines())}
     kernels = {kernel for kernel, _ in races}
-    assert len(kernels) == 22 and all(races[kernel, -1] == 0 for kernel in kernels), races
+    assert len(kernels) == 34 and all(races[kernel, -1] == 0 for kernel in kernels), races
     barriers = dict.fromkeys(kernels, 2) | {"linear_logprob_finish": 0, "policy_loss": 4, "policy_loss_backward": 0}
     barriers |= {"linear_logprob_forward": 1, "linear_logprob_exponentials_backward": 0, "linear_logprob_rows": 2 + 6}
     # moe_route's scan over five experts: two, two for each of three steps, one, and two sums.
     barriers |= dict.fromkeys((k for k in kernels if k.startswith("moe_")), 0)
     barriers |= {"moe_route": 2 + 6 + 1 + 4, "moe_route_plan": 2 + 6}
     barriers |= {"grouped_gemm": 6, "grouped_gemm_half": 6, "grouped_gemm_weight_gradient": 4}
+    barriers |= {"paged_attention": 4, "paged_attention_prompt": 4, "paged_attention_half_prompt": 9, "kv_select": 18}
+    barriers |= {"kv_factorize_gram": 4, "kv_factorize_gram_half": 3, "kv_factorize_project": 4, "kv_landmarks": 0}
+    barriers |= {"kv_factorize_project_half": 4, "kv_reconstruct": 6, "kv_reconstruct_half": 2}
     assert all(max(n for k, n in races if k == kernel) + 1 == barriers[kernel] for kernel in kernels), races
     # The first barrier of block_reduce matters only to a kernel that calls it twice, the last of a loop to none. All
     # others are needed.
     reduces = {"token_logprob", "linear_logprob_tile", "preference_loss", "preference_loss_backward", "policy_loss"}
     needless = {(kernel, 0) for kernel in reduces} | {("linear_logprob_rows", 0), ("linear_logprob_rows", 7)}
     needless |= {("moe_route", 2 + 6 + 1), ("grouped_gemm", 3), ("grouped_gemm", 5), ("grouped_gemm_half", 5)}
+    needless |= {("kv_factorize_gram", 3), ("kv_factorize_project", 1), ("kv_factorize_project", 3)}
+    needless |= {("kv_factorize_project_half", 3)}
+    # Of three steps, the second's end opens no place for another.
+    needless |= {("paged_attention", 0), ("paged_attention_prompt", 0), ("paged_attention_half_prompt", 5)}
     for (kernel, n), count in races.items():
         if n >= 0 and (kernel, n) not in needless:
             assert count > 0, (kernel, n)

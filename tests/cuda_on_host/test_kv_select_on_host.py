@@ -127,14 +127,15 @@ def test_rows_do_not_depend_on_others(core):
 
 def test_any_strides(core):
     """Views with something between their rows; rows of landmarks that no vector fits."""
-    tensors, options = Case("", 2, 4, 2, 200, 64, 16).inputs(torch.float32)
+    tensors, options = Case("", 2, 4, 2, 200, 64, 16, kept=9).inputs(torch.float32)
     query, landmark, count, resident = tensors
     expected = run(core, query, landmark, count, resident.clone(), **options)
     apart = torch.cat([query, torch.full_like(query, NAN)], dim=2)[..., :64]
     shifted = torch.nn.functional.pad(landmark.transpose(1, 2), (3, 2)).contiguous()[..., 3:-2].transpose(1, 2)
     scale = options["scale"].transpose(1, 2).contiguous().transpose(1, 2)
     assert not (apart.is_contiguous() or shifted.is_contiguous() or scale.is_contiguous())
-    ours = run(core, apart, shifted, count, resident.clone(), scale=scale)
+    kept = torch.cat([options["kept"]] * 2, dim=2)[..., :9]
+    ours = run(core, apart, shifted, count, resident.clone(), scale=scale, kept=kept)
     assert all(map(torch.equal, ours, expected))
 
 
@@ -165,7 +166,9 @@ def test_wild_values_stay_inside(core):
                 assert not set(chosen.tolist()) & set(options["kept"][b, h].tolist())
                 assert torch.equal(resident[b, h, where.long()], chosen)
                 assert int((resident[b, h] >= 0).sum()) == size and len(set(where.tolist())) == size
-                assert torch.all(fresh[b, h, size:] == 0) and size == min(12, size)
+                within = int(count[b].clamp(0, 150))
+                kept = {c for c in options["kept"][b, h].tolist() if 0 <= c < within}
+                assert torch.all(fresh[b, h, size:] == 0) and size == min(12, within - len(kept))
 
 
 def test_more_than_2_31_elements(core):
@@ -178,3 +181,9 @@ def test_more_than_2_31_elements(core):
     expected = run(core, query, landmark, count, resident.clone(), **options)
     ours = run(core, query, far, count, resident.clone(), **options)
     assert all(map(torch.equal, ours, expected))
+
+
+def test_refuses_long_rows(core):
+    tensors, options = Case("", 1, 1, 1, 4, 257, 1).inputs(torch.float32)
+    with pytest.raises(RuntimeError, match="rows of at most 256 on a GPU, got 257"):
+        run(core, *tensors, **options)

@@ -200,3 +200,9 @@ def test_more_than_2_31_elements(rows, core):
     expected = run(core, query, keys, keys, table, length, **options)
     ours = run(core, query, far, far, table, length, **options)
     assert all(map(torch.equal, ours, expected))
+
+
+def test_refuses_wide_heads(core):
+    tensors, options = Case("", 1, 1, 257, 8, (5,)).inputs(torch.float32)
+    with pytest.raises(RuntimeError, match="rows of at most 256 on a GPU, got 257"):
+        run(core, *tensors, **options)

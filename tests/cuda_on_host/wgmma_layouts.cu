@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Whether CuTe describes factors of WGMMA in shared memory as grouped_gemm.cuh does, and finds each element where gathered rows
+// Whether CuTe describes factors of WGMMA in shared memory as wide_tile.cuh does, and finds each element where gathered rows
 // are put. A program for the host; says what differs, or nothing.
 #include <cstdio>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>

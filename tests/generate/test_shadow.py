@@ -25,7 +25,7 @@ def close(got, want, mask=None):
 def test_lossless_equals_dense(name, generated):
     """Rows of unequal length, padded on the left, then token by token over the point where chunks are folded."""
     ids = small.tokens(3, 190)
-    mask = torch.cat([LEFT, torch.ones(3, 80, dtype=torch.long)], 1)
+    mask = torch.cat([LEFT.to(ids.device), torch.ones(3, 80, dtype=torch.long)], 1)
     model = small.model(name)
     cache = small.cache(model, generated=generated)
     got = small.run(model, cache, ids, prompt=110, mask=mask)
@@ -38,7 +38,7 @@ def test_lossless_equals_dense(name, generated):
 
 def test_generate_just_works():
     model, ids = small.model(), small.tokens(2, 110)
-    mask = LEFT[:2]
+    mask = LEFT[:2].to(ids.device)
     options = dict(max_new_tokens=30, do_sample=False, attention_mask=mask)
     want = small.model().generate(ids, **options)
     cache = small.cache(model)
@@ -68,7 +68,7 @@ def test_holes_in_the_mask():
 
 def test_positions_that_count_padding():
     """Without position_ids transformers numbers the columns, padding included: each row then has tables of its own."""
-    ids, mask = small.tokens(3, 110), LEFT
+    ids, mask = small.tokens(3, 110), LEFT.to(torch.get_default_device())
 
     @torch.no_grad()
     def logits(model, cache):

@@ -63,20 +63,38 @@ def test_reorder_twice_then_longer_rows(model):
 
 
 @pytest.mark.parametrize("generated", ["keep", "fold"])
-def test_fork(model, generated):
+@pytest.mark.parametrize("rows", [None, [1, 1, 0]])
+def test_fork(model, generated, rows):
     """Both go on by themselves; what was compressed is there once until one of them folds."""
     ids = small.tokens(2, 104)
     cache = filled(model, ids, generated=generated)
-    other = cache.fork([1, 1, 0])
-    store = cache.shadow_layers[0].store
+    other = cache.fork(rows)
+    store, rows = cache.shadow_layers[0].store, rows or [0, 1]
     assert other.shadow_layers[0].store is store and cache.get_seq_length() == other.get_seq_length() == 104
-    fresh, other_fresh = (filled(model, ids[rows], generated=generated) for rows in ([0, 1], [1, 1, 0]))
+    fresh, other_fresh = (filled(model, ids[which], generated=generated) for which in ([0, 1], rows))
     for i in range(70):
-        a, b = small.tokens(2, 1, seed=i), small.tokens(3, 1, seed=100 + i)
+        a, b = small.tokens(2, 1, seed=i), small.tokens(len(rows), 1, seed=100 + i)
         same(step(model, cache, a), step(model, fresh, a))
         same(step(model, other, b), step(model, other_fresh, b))
-    assert (other.shadow_layers[0].store is store) == (generated == "keep")
-    assert cache.fork().rows.length == cache.rows.length == [174, 174]
+    assert (other.shadow_layers[0].store is cache.shadow_layers[0].store) == (generated == "keep")
+    assert (generated == "fold") == (min(cache.rows.counts + other.rows.counts) > 11)
+
+
+def test_forks_fold_apart_where_the_store_has_room(model):
+    """Folding grows a store by a quarter, so the next fold would fit; but not where another cache reads."""
+    ids, more = small.tokens(1, 655), small.tokens(2, 70)
+    cache = filled(model, ids, prompt=580, generated="fold")
+    store = cache.shadow_layers[0].store
+    assert cache.rows.counts[0] + 8 <= store.chunks
+    other = cache.fork()
+    for i in range(70):
+        for one, row in ((cache, 0), (other, 1)):
+            step(model, one, more[row : row + 1, i : i + 1])
+    assert store is cache.shadow_layers[0].store or store is other.shadow_layers[0].store
+    for one, row in ((cache, 0), (other, 1)):
+        fresh = filled(model, torch.cat([ids, more[row : row + 1]], 1), prompt=580, generated="fold")
+        assert one.rows.counts == fresh.rows.counts
+        same(step(model, one, ids[:, :1]), step(model, fresh, ids[:, :1]))
 
 
 def test_one_prompt_for_many_rows(model):
@@ -90,6 +108,35 @@ def test_one_prompt_for_many_rows(model):
     for i in range(6):
         more = small.tokens(4, 1, seed=i)
         same(step(model, cache, more), step(model, fresh, more))
+
+
+@pytest.mark.parametrize("generated", ["keep", "fold"])
+def test_equal_prompts_are_compressed_once(model, generated):
+    """generate() repeats the prompt for beams and samples before the cache hears of it."""
+    ids = small.tokens(2, 100)[[0, 0, 1, 1, 0]]
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0  # the same tokens, but not the same prompt
+    cache, alone = (small.cache(model, **LOSSY, generated=generated) for _ in range(2))
+    first = step(model, cache, ids, mask)
+    one = step(model, alone, ids[2:3])
+    assert cache.rows.source == [0, 1, 2, 2, 3] and torch.equal(first[2], first[3])
+    assert cache.memory()["factors"] == 4 * alone.memory()["factors"]
+    for i in range(70):  # each row goes its own way, over the fold
+        more = small.tokens(5, 1, seed=i)
+        mask = torch.cat([mask, torch.ones_like(more)], 1)
+        got, one = step(model, cache, more, mask), step(model, alone, more[3:4])
+        same(got[3:4], one)
+    assert cache.rows.source == ([0, 1, 2, 2, 3] if generated == "keep" else [0, 1, 2, 3, 4])
+
+
+def test_equal_keys_under_another_mask_are_another_prompt(model):
+    """Positions that count padding: the keys of both rows are the same, but not what counts."""
+    ids, mask = small.tokens(1, 100).expand(2, -1), torch.ones(2, 100, dtype=torch.long)
+    mask[1, 80:] = 0
+    cache = small.cache(model, **LOSSY)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+    assert cache.rows.source == [0, 1] and cache.rows.counts == [11, 9]
 
 
 def test_rows_that_end_leave_nothing(model):
@@ -158,6 +205,20 @@ def test_crop_then_fold_over_what_was_there(model):
         fresh_logits = step(model, fresh, ids[:, i + 60 : i + 61])
     # Not the same outliers (of 100 tokens, or of 80), but both lossless.
     same(cache_logits, fresh_logits)
+
+
+def test_crop_then_fold_at_once(model):
+    """The same with nothing chosen in between: slots that hold a chunk must not pass for its successor."""
+    ids = small.tokens(2, 300)
+    options = dict(budget=512, rank=32, bits=None, outliers=2, generated="fold")
+    cache = filled(model, ids[:, :110], **options)
+    cache.crop(-70)
+    with torch.no_grad():
+        positions = torch.arange(40, 200)[None]
+        model(ids[:, 140:], past_key_values=cache, position_ids=positions)
+    assert cache.rows.counts == [24, 24]
+    want = small.dense("llama", torch.cat([ids[:, :40], ids[:, 140:], ids[:, :1]], 1), prompt=200)
+    same(step(model, cache, ids[:, :1]), want[:, -1])
 
 
 def test_crop_to_nothing_and_wrong_signs(model):
@@ -230,6 +291,8 @@ def test_what_the_prompt_cannot_say_stays_exact(model):
         small.run(model, truth, ids, prompt=60)
     keys = truth.shadow_layers[0].tail_keys[0, :, : 8 * cache.rows.counts[0]].unflatten(1, (-1, 8))
     error = ((about - keys).flatten(2).norm(dim=2) / keys.flatten(2).norm(dim=2))[:, 6:]
+    count = cache.rows.counts[0]
+    torch.testing.assert_close(layer.store.landmark[0, :, :count], keys.mean(2), rtol=1e-4, atol=1e-4)
     assert torch.equal(error.topk(2).indices.sort(1).values + 6, kept.long().sort(1).values)
 
 

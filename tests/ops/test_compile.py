@@ -140,24 +140,6 @@ def test_grouped_gemm_with_any_number_of_tokens(device):
             torch.testing.assert_close(ours, eager)
 
 
-def test_caches_with_any_number_of_tokens(device):
-    """kv_factorize, kv_project and kv_landmarks: one graph, the bits of eager."""
-
-    def build(keys, later, length):
-        factors = fastpost.kv_factorize(keys.flatten(2), 5, length=length)
-        u, scale = fastpost.kv_project(later.flatten(2), factors.directions)
-        landmarks = fastpost.kv_landmarks(keys.transpose(1, 2), chunk=4, length=length)
-        return *factors, u, scale, *landmarks
-
-    torch._dynamo.reset()
-    compiled = torch.compile(build, fullgraph=True, dynamic=True, backend="aot_eager")
-    for n in (9, 33, 17):
-        keys, later = torch.randn(2, n, 3, 8, device=device), torch.randn(2, n // 2, 3, 8, device=device)
-        length = torch.tensor([n, n - 4], dtype=torch.int32, device=device)
-        for ours, eager in zip(compiled(keys, later, length), build(keys, later, length), strict=True):
-            assert torch.equal(ours, eager)
-
-
 def test_step_of_a_shadow_cache_with_any_number_of_rows(device):
     """kv_select and kv_reconstruct, which change `resident` and `keys` in place."""
 
@@ -182,6 +164,24 @@ def test_step_of_a_shadow_cache_with_any_number_of_rows(device):
         assert ours[-1].ne(0).any() and ours[4].ge(0).all()
         first = first or frames.frame_count
         assert frames.frame_count == first
+
+
+def test_caches_with_any_number_of_tokens(device):
+    """kv_factorize, kv_project and kv_landmarks: one graph, the bits of eager."""
+
+    def build(keys, later, length):
+        factors = fastpost.kv_factorize(keys.flatten(2), 5, length=length)
+        u, scale = fastpost.kv_project(later.flatten(2), factors.directions)
+        landmarks = fastpost.kv_landmarks(keys.transpose(1, 2), chunk=4, length=length)
+        return *factors, u, scale, *landmarks
+
+    torch._dynamo.reset()
+    compiled = torch.compile(build, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (9, 33, 17):
+        keys, later = torch.randn(2, n, 3, 8, device=device), torch.randn(2, n // 2, 3, 8, device=device)
+        length = torch.tensor([n, n - 4], dtype=torch.int32, device=device)
+        for ours, eager in zip(compiled(keys, later, length), build(keys, later, length), strict=True):
+            assert torch.equal(ours, eager)
 
 
 def test_paged_attention_with_any_number_of_tokens(device):

@@ -35,7 +35,8 @@ class Rope:
         names = [n for n in vars(module) if n.endswith("RotaryEmbedding") and "Vision" not in n]
         if apply is None or not names:
             _refuse(config, "no rotary embedding as Llama's")
-        self.rotary = getattr(module, names[0])(config)
+        with torch.device("cpu"):
+            self.rotary = getattr(module, names[0])(config)
         self.options = {}
         if "layer_type" in inspect.signature(self.rotary.forward).parameters:
             self.options["layer_type"] = "full_attention"
@@ -43,7 +44,8 @@ class Rope:
         kind = kinds.get("full_attention", "default") if isinstance(kinds, dict) else kinds
         self.changing = "dynamic" in kind or kind == "longrope"
         self.order: torch.Tensor | None = None
-        self._find_layout(config, apply)
+        with torch.device("cpu"):
+            self._find_layout(config, apply)
 
     def _find_layout(self, config, apply) -> None:
         """Which half of the model's table counts, and which dimensions it turns together."""

@@ -107,13 +107,14 @@ class Rows:
         counts = list(self.counts)
         after = []
         if first and tokens > 1:
+            self._find_equal(like, real)
             after = [(row, 0, count) for row, count in self._to_compress(self.length)]
         elif self.fold:
             spare = [(n - c * self.chunk) // self.chunk - self.local for n, c in zip(self.length, counts)]
             after = [(row, counts[row], counts[row] + m)
                      for row, m in enumerate(spare) if counts[row] and m >= FOLD]  # fmt: skip
         unshare = None
-        if (before or after) and (self.source != list(range(batch)) or self.prompts != batch):
+        if not first and (before or after) and (self.source != list(range(batch)) or self.prompts != batch):
             unshare, self.source, self.prompts = self.source, list(range(batch)), batch
         for row, _, count in after:
             self.counts[row] = count
@@ -151,6 +152,15 @@ class Rows:
             return None  # looking would wait for the GPU; a token that is generated is real
         real = padding[:, -tokens:].bool()
         return None if bool(real.all()) else real
+
+    def _find_equal(self, keys: torch.Tensor, real: torch.Tensor | None) -> None:
+        """Rows that follow a row with the same tokens (beams, several samples) read its prompt. The first layer's keys
+        tell: they are the same for no other tokens at these positions."""
+        self.source = [0]
+        for b in range(1, len(keys)):
+            equal = torch.equal(keys[b], keys[b - 1]) and (real is None or torch.equal(real[b], real[b - 1]))
+            self.source.append(self.source[-1] + (not equal))
+        self.prompts = self.source[-1] + 1
 
     def _to_compress(self, length: list[int]) -> list[tuple[int, int]]:
         """Rows that are dense and long enough, with how many chunks of them to compress."""

@@ -96,7 +96,7 @@ class ValueStore:
     def _new(self, shape, dtype: torch.dtype) -> torch.Tensor:
         if self.file is not None:
             return self.file.tensor(shape, dtype)
-        return torch.zeros(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+        return torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=self.device.type == "cuda")
 
     def write(self, prompt: int, first: int, values: torch.Tensor) -> None:
         """values [G, n, chunk, d] become chunks first to first + n of a prompt."""

@@ -39,7 +39,7 @@ def paged_attention(
             -1: not there, its positions count but are not seen.
         length: [B] int32: positions of each sequence, those of its query rows included; they are the last. Row i of n
             sees the first length - (n - 1 - i).
-        value_table: the same for values. None: `table`.
+        value_table: the same for values. None: `table`. What one of the two lacks is not seen.
         cu_seqlens: [B + 1] int32, bounds of each sequence's rows. None: one row each.
         key_row, value_row: [B] int32, which of the R pools. None: the only one, or row b.
         new_keys, new_values: [T, G, d]: written into the pools first, at the positions of their rows.
@@ -49,7 +49,9 @@ def paged_attention(
         return_lse: also [T, H] float32, log Σ exp of the logits (-inf where nothing is seen; out is 0 there).
         out_dtype: float32, or None: the dtype of query.
 
-    Sums are float32. The bits of a row do not depend on other sequences, nor on the number of threads.
+    Sums are float32. The bits of a row do not depend on other sequences, nor on the number of threads. Where a sequence
+    has many rows (a prompt), exponentials are rounded to bfloat16 before they multiply bfloat16 values, as in torch's
+    own attention; single rows keep float32.
 
     Raises:
         ValueError: wrong dtype, shape, layout or device; an input that requires grad.
