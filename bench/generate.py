@@ -66,10 +66,9 @@ def main(argv: list[str] | None = None) -> int:
 def unequal(count: int, vocab: int = 10_000) -> list[tuple[list[int], int]]:
     """(prompt ids, new tokens) of each request: 16 to 256 and 8 to 128, evenly in their logarithm."""
     draw = random.Random(count)
-    if count == 1:
-        return [([draw.randrange(100, min(vocab, 10_000)) for _ in range(32)], 64)]
-    return [([draw.randrange(100, min(vocab, 10_000)) for _ in range(int(16 * 16 ** draw.random()))], int(8 * 16 ** draw.random()))
-            for _ in range(count)]  # fmt: skip
+    top = min(vocab, 10_000)
+    sizes = [(int(16 * 16 ** draw.random()), int(8 * 16 ** draw.random())) for _ in range(count)]
+    return [([draw.randrange(100, top) for _ in range(p)], n) for p, n in ([(32, 64)] if count == 1 else sizes)]
 
 
 def measure(model, requests: list[tuple[list[int], int]], repeat: int, clock: timing.Clock) -> dict:
