@@ -53,10 +53,10 @@ class ShadowCache(Cache):
         value_bits: 8 keeps values in int8 with scales; None in the model's dtype.
         value_file: a path, where nothing is yet, of a file that holds the values instead of memory (CPU only). It is
             removed when the cache goes.
-        generated: "keep" leaves new tokens and later inputs dense, however many. "fold" compresses them too, 8 chunks at a time once
-            they leave the local window, in the directions of the prompt; a chunk that those miss by more than twice the
-            prompt's own error stays exact (up to `outliers` for each key head, the worst ones). A prompt that was
-            too short is then compressed when the row is long enough.
+        generated: "keep" leaves new tokens and later inputs dense, however many. "fold" compresses them too, 8 chunks
+            at a time once they leave the local window, in the directions of the prompt; a chunk that those miss by more
+            than twice the prompt's own error stays exact (up to `outliers` for each key head, the worst ones). A prompt
+            that was too short is then compressed when the row is long enough.
         dense_below: rows of fewer tokens stay dense. None: budget, outliers and local window together.
 
     Raises:
