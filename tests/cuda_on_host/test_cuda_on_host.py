@@ -337,7 +337,7 @@ def test_races(tmp_path):
     options = "exitcode=0 symbolize=0 suppress_equal_stacks=0 suppress_equal_addresses=0"
 
     def run(*command):
-        return subprocess.run(command, capture_output=True, text=True, timeout=300,
+        return subprocess.run(command, capture_output=True, text=True, timeout=900,
                               env=os.environ | {"TSAN_OPTIONS": options})  # fmt: skip
 
     done = run(program)
