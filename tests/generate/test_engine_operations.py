@@ -74,6 +74,44 @@ def test_a_fork_with_its_own_sampling_is_a_fresh_run_from_there(engine):
     assert greedy_fork.token_ids[6:] == fresh.token_ids
 
 
+def test_a_fork_has_an_index_of_its_own_whatever_the_sampling_says_of_n(engine):
+    handles = engine.submit(Request(PROMPTS[0], Sampling(max_new_tokens=9, temperature=1.0, n=3, ignore_eos=True)))
+    steps(engine, 2)
+    engine.rollback(handles[0], 1, DRAWN)
+    forks = [engine.fork(handles[0]), engine.fork(handles[2])]
+    forks.append(engine.fork(forks[0]))
+    assert [f.index for f in forks] == [3, 4, 5]
+
+
+def test_operations_in_a_logits_callback(engine):
+    """A fork or a probe there begins before the token that is being chosen; what would change the sequence is
+    refused."""
+    found, refused = [], []
+
+    def operate(ids, logits):
+        if len(ids) == len(PROMPTS[0]) + 4 and not found:
+            found.extend([engine.fork(handle, Sampling(max_new_tokens=12, ignore_eos=True)), engine.probe(handle, [])])
+            for operation in (lambda: engine.rollback(handle, 1), lambda: engine.extend(handle, [5])):
+                with pytest.raises(ValueError, match="got one whose next token is being chosen"):
+                    operation()
+                refused.append(operation)
+
+    s = Sampling(max_new_tokens=12, ignore_eos=True, logprobs=0, logits_callback=operate)
+    (handle,) = engine.submit(Request(PROMPTS[0], s))
+    finish(engine, handle)
+    fork, probed = found
+    finish(engine, fork)
+    assert fork.token_ids == handle.token_ids and len(refused) == 2
+    assert probed.argmax() == handle.token_ids[4]
+    assert probed.max().item() == pytest.approx(handle.logprobs[4], abs=1e-5)
+
+
+def test_generate_queues_all_requests_or_none(engine):
+    with pytest.raises(ValueError, match="prompt: expected at least one token id"):
+        engine.generate([Request([5]), Request([])])
+    assert not engine._schedule
+
+
 def test_a_finished_sequence_may_be_forked_to_go_on(engine, model):
     (handle,) = submit(engine, Sampling(max_new_tokens=5), PROMPTS[1:2])
     finish(engine, handle)

@@ -56,8 +56,8 @@ class Engine:
         self.eos = end_tokens(model, tokenizer)
         self.max_length = longest(model)
         self._takeover = Takeover(model)
-        self._takeover.apply()
         try:
+            self._takeover.apply()
             with torch.no_grad():
                 shapes = paged_cache.record(model)
             bytes_of_page = page * sum(shape.bytes for shape in shapes)
@@ -80,7 +80,6 @@ class Engine:
         self._schedule = Scheduler(self.pages, max_batch, prefill_tokens)
         self.max_batch = max_batch
         self._arrivals = itertools.count()
-        self._indices: dict[int, itertools.count] = {}  # of arrival: the next free index
         self._ended: list[Handle] = []
         self._closed = False
         self._counts = dict.fromkeys(("steps", "prompt_tokens", "new_tokens", "finished", "cancelled", "probes"), 0)
@@ -107,6 +106,9 @@ class Engine:
         handles = [
             Handle(self.tokenizer, name, i, list(request.prompt), s, (arrival, i), request.stream) for i in range(s.n)
         ]
+        free = itertools.count(s.n)
+        for handle in handles:
+            handle.free_indices = free
         self._lead(handles)
         return handles
 
@@ -127,14 +129,14 @@ class Engine:
 
     def generate(self, requests: Iterable[Request]) -> list[list[Completion]]:
         """The sampling.n answers of each request, in order."""
+        requests = list(requests)
+        for request in requests:  # all or none is queued
+            self.check(request)
         handles = [self.submit(request) for request in requests]
         mine = {id(h) for group in handles for h in group}
-        others = []
         while any(h.finish_reason is None for group in handles for h in group):
             self._step()
-            others += [h for h in self._ended if id(h) not in mine]
-            self._ended = []
-        self._ended = others  # for who submitted them
+        self._ended = [h for h in self._ended if id(h) not in mine]  # for who submitted them
         return [[h.completion() for h in group] for group in handles]
 
     # ---- one step
@@ -280,11 +282,11 @@ class Engine:
         self._expect_open()
         s = sampling or handle.sampling
         self.limits.room(handle, s, 0)
-        arrival = handle.order[0]
-        index = next(self._indices.setdefault(arrival, itertools.count(handle.sampling.n)))
-        made = Handle(self.tokenizer, handle.id, index, handle.prompt, s, (arrival, index), handle.listener)
+        index = next(handle.free_indices)
+        made = Handle(self.tokenizer, handle.id, index, handle.prompt, s, (handle.order[0], index), handle.listener)
         made.begin_as(handle)
         self._schedule.share(handle, made)
+        self._schedule.cut(made, len(made) - 1)  # in a logits callback, pages hold the last token already
         self._schedule.add(made)
         return made
 
@@ -354,6 +356,11 @@ class Engine:
             raise ValueError(
                 f"[Engine] {what}: expected a sequence that goes on, got one that ended ({handle.finish_reason}). "
                 "Fork it to go on from there."
+            )
+        if handle.cached == len(handle):
+            raise ValueError(
+                f"[Engine] {what}: expected a sequence between two steps, got one whose next token is being chosen. Do "
+                "it after the step, not in a logits callback."
             )
 
     def stats(self) -> dict:

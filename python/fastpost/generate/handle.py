@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -32,6 +32,7 @@ class Handle:
         self.listener = listener
         self.siblings: list[Handle] = []  # answers that begin when this one's prompt is computed; it is their leader
         self.leader: Handle | None = None
+        self.free_indices: Iterator[int] | None = None  # of the request, for forks; all its answers have the same
         self.logprobs: list[float | None] = []
         self.top_logprobs: list[list[tuple[int, float]] | None] = []
         # Pages hold the first `cached` tokens of prompt and answer; `nodes`: of those that are recorded (pages.py).
@@ -90,6 +91,7 @@ class Handle:
         for mine, theirs in ((self.token_ids, other.token_ids), (self.logprobs, other.logprobs),
                              (self.top_logprobs, other.top_logprobs)):  # fmt: skip
             mine[:] = theirs
+        self.free_indices = other.free_indices
         self.set_sampling(self.sampling)
 
     def set_sampling(self, sampling: Sampling) -> None:

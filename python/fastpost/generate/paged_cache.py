@@ -102,7 +102,6 @@ class PagedCache(Cache):
 
     def __init__(self, shapes: list[LayerShape], pages: int, page: int):
         self.step: Step | None = None
-        self.page = page
         # One tensor for all layers of a shape, so that copying a page is one operation.
         self.stores: list[torch.Tensor] = []
         layers: list = [None] * len(shapes)

@@ -103,13 +103,6 @@ class Pages:
                 pages.append(self._page[node])
         return pages, nodes
 
-    def clear(self) -> None:
-        """Forget what is kept."""
-        for page in self._kept:
-            self._forget(page)
-            self._free.append(page)
-        self._kept.clear()
-
     def _forget(self, page: int) -> None:
         key = self._key.pop(page, None)
         if key is not None:

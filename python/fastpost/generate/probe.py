@@ -43,6 +43,7 @@ def _together(sources, forks, schedule, cache, forward) -> list[torch.Tensor]:
         for source, fork in zip(sources, forks, strict=True):
             if source.cached:
                 schedule.share(source, fork)
+                schedule.cut(fork, len(fork) - 1)  # so that a token is left to compute
             else:
                 schedule.find(fork)
             if not schedule.reserve(fork, len(fork) - fork.cached, copies):

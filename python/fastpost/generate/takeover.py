@@ -22,6 +22,7 @@ class Takeover:
     def __init__(self, model):
         self.model = model
         self._applied = False
+        self._training = self._linear = self._layers = self._attention = ()  # what undo() puts back
 
     def apply(self) -> None:
         if self._applied:
