@@ -60,12 +60,13 @@ def test_layers_of_another_form_are_left(kind):
 
 
 def test_layers_with_hooks_or_other_parts_are_left():
-    model = tiny.model(layers=4)
-    one, two, three, four = model.model.layers
+    model = tiny.model(layers=5)
+    one, two, three, four, five = model.model.layers
     one.self_attn.register_forward_pre_hook(lambda module, args: None)
     two.mlp.forward = two.mlp.forward
     three.input_layernorm = torch.nn.LayerNorm(32)
-    assert use_lean_layers(model) == [four]
+    four.mlp.up_proj.register_forward_hook(lambda module, args, out: None)
+    assert use_lean_layers(model) == [five]
 
 
 def test_adapters_on_the_linear_layers_count():

@@ -37,8 +37,8 @@ def restore_layers(layers: list[nn.Module]) -> None:
 
 
 def _known(layer: nn.Module) -> bool:
-    """Whether it is one of FAMILIES' layers made of its family's parts, none of them wrapped or replaced. (Linear
-    layers may be anything.)"""
+    """Whether it is one of FAMILIES' layers made of its family's parts, none of them wrapped, hooked or replaced.
+    (Linear layers may be of any class.)"""
     where = type(layer).__module__
     family = FAMILIES.get(where.rsplit("modeling_", 1)[-1])
     if family is None or not where.startswith("transformers.") or type(layer).__name__ != f"{family}DecoderLayer":
@@ -50,11 +50,9 @@ def _known(layer: nn.Module) -> bool:
         "input_layernorm": "RMSNorm",
         "post_attention_layernorm": "RMSNorm",
     }
-    inner = [(getattr(layer, name), getattr(theirs, family + kind)) for name, kind in parts.items()]
-    whole = [layer, *(part for part, _ in inner)]
-    return all(type(part) is kind for part, kind in inner) and not any(
-        "forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in whole
-    )
+    return all(
+        type(getattr(layer, name)) is getattr(theirs, family + kind) for name, kind in parts.items()
+    ) and not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in layer.modules())
 
 
 @functools.cache
