@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from fastpost.generate.request import Completion, Piece, Request, Sampling
+from fastpost.generate.sampling import stream
 from fastpost.generate.takeover import end_tokens, longest
 from fastpost.generate.text import Text
 
@@ -71,7 +72,7 @@ class OneByOne:
         if request.stream is not None:
             kwargs["streamer"] = _Streamer(self.tokenizer, request, name, index)
         with torch.random.fork_rng(devices=[self.model.device] if self.model.device.type == "cuda" else []):
-            torch.manual_seed(_seed(how.seed, name, index))
+            torch.manual_seed(stream(how.seed, name, index) >> 1)
             out = self.model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), return_dict_in_generate=True,
                 output_logits=how.logprobs is not None, **kwargs,
@@ -108,12 +109,6 @@ def _logprobs(logits, ids: list[int], how: Sampling) -> tuple[list[float], list 
         return values, None
     best = every.topk(how.logprobs)
     return values, [list(zip(i, v)) for i, v in zip(best.indices.tolist(), best.values.tolist())]
-
-
-def _seed(seed: int, name, index: int) -> int:
-    if isinstance(name, int):
-        return ((seed * 1_000_003 + name) * 1_000_003 + index) % 2**63
-    return (seed * 1_000_003 + sum(ord(c) * 257**i for i, c in enumerate(str(name))) + index) % 2**63
 
 
 class _Streamer:
