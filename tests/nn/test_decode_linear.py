@@ -38,6 +38,7 @@ def test_a_row_does_not_depend_on_the_others():
         for i in range(8):
             assert torch.equal(layer(x[i]), together[i])
         assert torch.equal(layer(x.view(2, 4, 576)), together.view(2, 4, 100))
+        assert torch.equal(layer(x.T.contiguous().T), together)
 
 
 def test_what_does_not_fit_goes_as_before(monkeypatch):

@@ -31,6 +31,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, act
     """x [..., K] · weight [N, K]ᵀ + bias [N], or [..., N / 2] with one of grouped_gemm's activations; no gradient. What
     `fits` refuses does not belong here."""
     rows = x if x.ndim == 2 else x.reshape(-1, weight.shape[1])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
     weight = weight[None]
     out = x.new_empty(*x.shape[:-1], weight.shape[1] >> (activation > 0))
     workspace = torch.empty(_bytes(weight.shape, rows.shape[0], torch.get_num_threads()), dtype=torch.uint8)
@@ -44,5 +45,6 @@ def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         0 < x.numel() <= MOST * x.shape[-1]
         and x.dtype is torch.bfloat16 is weight.dtype
-        and not (x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        and x.is_cpu
+        and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     )
