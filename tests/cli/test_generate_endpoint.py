@@ -117,7 +117,7 @@ def test_rows_that_the_server_refuses(stub, capsys):
     assert run(stub) == 1
     said = capsys.readouterr().err
     assert "in.jsonl:3: HTTP 400: too long" in said and "in.jsonl:6: HTTP 400: too long" in said
-    assert "rows that failed: 2, see above. They are not in out.jsonl; the same command tries again." in said
+    assert "rows that failed: 2, see above. They are not in out.jsonl. The same command tries again." in said
     assert rows() == [r for r in whole(8) if r["prompt"] not in refused]
     refused.clear()
     before = len(stub.bodies)
@@ -157,7 +157,7 @@ def test_a_server_that_comes_back_and_one_that_does_not(stub, capsys):
     assert run(stub, "--batch", "4", "--patience", "0.3", "--overwrite", "--endpoint-model", "m") == 1
     said, there = capsys.readouterr().err, rows()
     assert "no answer for" in said and "connection refused" in said
-    assert f"out.jsonl: {len(there)} of 60 rows are there, whole. The same command goes on from them." in said
+    assert f"out.jsonl: {len(there)} of 60 rows are there, whole. The same command without --overwrite goes on" in said
     assert 10 <= len(there) < 60 and len({r["line"] for r in there}) == len(there)
     stub.behave = lambda *_: "ok"
     stub.start()

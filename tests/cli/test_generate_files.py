@@ -229,6 +229,7 @@ def test_rows_that_the_model_cannot_do(models, capsys):
     (["M", "p", "--stream", "--samples", "2"], "one answer can be shown"),
     (["M", "p", "--file", "in.jsonl", "--out", "o"], "rows are known by their line"),
     (["M", "--file", "in.jsonl", "--out", "in.jsonl"], "--out: expected another file than --file, got the same"),
+    (["M", "p", "--shadow-rank", "8"], "--shadow-rank or --shadow-budget without --kv shadow"),
     (["PLAIN", "p", "--system", "S"], "--system: expected a model with a chat template, got one without"),
     (["M", "p", "--kv", "shadow", "--shadow-rank", "999"], "[ShadowCache] rank: expected 1 to 16"),
 ])  # fmt: skip

@@ -28,9 +28,7 @@ kept in FILE.settings.json, it is refused. SIGTERM or Ctrl-C: the status is 143 
 def main(argv: list[str]) -> int:
     args = parse(argv)
     say = _say
-    added = ("line", "answers", "finish")
-    if args.logprobs:
-        added += ("logprobs",) if args.endpoint else ("tokens", "logprobs")
+    added = ("line", "answers", "finish", *_of_tokens(args))
     source = _source(args, added if args.out else ())
     total = sum(1 for _ in source())  # every row is read before anything is loaded, so that a broken one is met now
     if not total:
@@ -92,7 +90,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--kv", choices=("dense", "shadow"), default="dense", help="shadow: low-rank keys and a budget of positions, "
         "for long prompts, one after the other")  # fmt: skip
     add("--shadow-rank", type=int, metavar="R", help="rank of the keys (160 in 1024 of their width)")
-    add("--shadow-budget", type=int, default=2048, metavar="N", help="positions that a token attends to (2048)")
+    add("--shadow-budget", type=int, metavar="N", help="positions that a token attends to (2048)")
 
     group = parser.add_argument_group("a server in its place", "OPENAI_API_KEY of the environment is its key")
     add = group.add_argument
@@ -128,6 +126,10 @@ def check(args) -> None:
     for both, why in (
         (args.plain and args.system is not None, "--plain and --system: plain text has no system message"),
         (args.endpoint and args.kv != "dense", "--endpoint and --kv: the server has its own cache"),
+        (
+            args.kv != "shadow" and (args.shadow_rank is not None or args.shadow_budget is not None),
+            "--shadow-rank or --shadow-budget without --kv shadow",
+        ),
         (args.endpoint_model and not args.endpoint, "--endpoint-model without --endpoint"),
         (args.logprobs and not (args.out or args.json), "--logprobs without --out or --json"),
         ((args.overwrite or args.resume) and not args.out, "--resume or --overwrite without --out"),
@@ -207,12 +209,16 @@ def to_file(args, source: Callable, total: int, added: tuple[str, ...], say: Cal
         rate = f"; {new} tokens, {new / seconds:.0f} tokens/s" if new else ""
         print(f"{args.out}: {total - left + len(out.done) - there} rows{already}{rate}")
     if failures.count:
-        say(f"rows that failed: {failures.count}, see above. They are not in {args.out}; the same command tries again.")
+        say(f"rows that failed: {failures.count}, see above. They are not in {args.out}. {_same(args)} tries again.")
     return 1 if failures.count else 0
 
 
 def _go_on(args, out, total: int) -> str:
-    return f"{args.out}: {len(out.done)} of {total} rows are there, whole. The same command goes on from them."
+    return f"{args.out}: {len(out.done)} of {total} rows are there, whole. {_same(args)} goes on from them."
+
+
+def _same(args) -> str:
+    return "The same command" + (" without --overwrite" if args.overwrite else "")
 
 
 def to_terminal(args, source: Callable, total: int, say: Callable) -> int:
@@ -253,11 +259,18 @@ def _show(piece) -> None:
 
 def _print(args, row, found) -> None:
     if args.json:
-        more = [name for name in ("tokens", "logprobs") if args.logprobs and not (args.endpoint and name == "tokens")]
-        print(json.dumps({"prompt": row.prompt, **columns(found, ("answers", *more))}, ensure_ascii=False), flush=True)
+        answers = columns(found, ("answers", *_of_tokens(args)))
+        print(json.dumps({"prompt": row.prompt, **answers}, ensure_ascii=False), flush=True)
     else:
-        prompt = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
+        prompt = row.prompt if isinstance(row.prompt, str) else row.prompt[-1].get("content")
         print(f"> {prompt}", *(c.text.strip() for c in found), sep="\n", end="\n\n", flush=True)
+
+
+def _of_tokens(args) -> tuple[str, ...]:
+    """Columns that --logprobs adds; a server does not tell the tokens' ids."""
+    if not args.logprobs:
+        return ()
+    return ("logprobs",) if args.endpoint else ("tokens", "logprobs")
 
 
 def columns(found, added: tuple[str, ...]) -> dict:

@@ -61,7 +61,7 @@ def settings(args, model: str | None = None) -> dict:
     found |= {"MODEL": str(Path(args.model).expanduser().resolve()), "weights of MODEL": _weights(args.model)}
     found |= {"--dtype": args.dtype, "--kv": args.kv}
     return found | (
-        {"--shadow-rank": args.shadow_rank, "--shadow-budget": args.shadow_budget} if args.kv == "shadow" else {}
+        {"--shadow-rank": args.shadow_rank, "--shadow-budget": _budget(args)} if args.kv == "shadow" else {}
     )
 
 
@@ -138,7 +138,7 @@ def _engine(args, model, tokenizer, say: Callable[[str], None]):
         from fastpost import ShadowCache
 
         def cache() -> ShadowCache:
-            return ShadowCache(model.config, rank=args.shadow_rank, budget=args.shadow_budget)
+            return ShadowCache(model.config, rank=args.shadow_rank, budget=_budget(args))
 
         return OneByOne(model, tokenizer, cache)
     try:
@@ -146,6 +146,10 @@ def _engine(args, model, tokenizer, say: Callable[[str], None]):
     except UnsupportedModel as error:
         say(f"{error} Prompts go through transformers' generate, one at a time.")
         return OneByOne(model, tokenizer)
+
+
+def _budget(args) -> int:
+    return 2048 if args.shadow_budget is None else args.shadow_budget
 
 
 def conversation(args, row: Row) -> str | list[dict]:
