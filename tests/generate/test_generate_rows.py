@@ -237,6 +237,27 @@ def test_one_writer_at_a_time(tmp_path):
     Output(tmp_path / "out.jsonl", SETTINGS).close()
 
 
+def test_a_file_that_is_sorted_between_opening_and_locking(tmp_path, monkeypatch):
+    """What would be written then, would be written to a file that is gone."""
+    path, out = inputs(tmp_path / "in.jsonl", 3), tmp_path / "out.jsonl"
+    first = Output(out, SETTINGS)
+    fill(first, path, 2, order=lambda r: list(r)[::-1])
+    real = rows.fcntl.flock
+
+    def late(fd, how):
+        first.finish()
+        first.close()
+        real(fd, how)
+
+    monkeypatch.setattr(rows.fcntl, "flock", late)
+    with pytest.raises(ValueError, match="got another process that does"):
+        Output(out, SETTINGS)
+    monkeypatch.undo()
+    with Output(out, SETTINGS) as second:
+        fill(second, path)
+    assert sorted(r["line"] for r in lines(out)) == [1, 2, 3]
+
+
 def test_a_full_disk(tmp_path, monkeypatch):
     """Half a row is taken back; sorting without room leaves the rows as they are."""
     path, out, said = inputs(tmp_path / "in.jsonl", 4), tmp_path / "out.jsonl", []

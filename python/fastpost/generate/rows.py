@@ -252,13 +252,17 @@ class Output:
             return
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Who had it may have put a sorted file in its place since it was opened here.
+            other = not os.path.samestat(os.fstat(self._fd), os.stat(self.path))
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
                 return  # a file system without locks
+            other = True
+        if other:
             raise ValueError(
                 f"{self.name}: expected nobody else to write it, got another process that does. Wait for it, stop it, "
                 "or name another --out."
-            ) from None
+            )
 
     def _begin(self, overwrite: bool) -> None:
         self._draft.unlink(missing_ok=True)
