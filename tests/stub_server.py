@@ -174,6 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
             for at in range(0, len(text), 5):
                 part = text[at : at + 5]
                 piece = {"delta": {"content": part}} if "message" in choice else {"text": part}
+                if at == 0 and choice.get("logprobs"):
+                    piece["logprobs"] = choice["logprobs"]
                 events.append({"choices": [{"index": choice["index"], "finish_reason": None, **piece}]})
             last = {"delta": {}} if "message" in choice else {"text": ""}
             events.append({"choices": [{"index": choice["index"], "finish_reason": "stop", **last}]})
@@ -217,7 +219,10 @@ def answer(body: dict) -> dict:
         choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
         values = [logprob_of(index, place) for place in range(3)]
         if chat and body.get("logprobs"):
-            choice["logprobs"] = {"content": [{"token": "t", "logprob": v, "top_logprobs": []} for v in values]}
+            others = range(body.get("top_logprobs", 0))
+            tops = [[{"token": f"t{i}", "logprob": v - i} for i in others] for v in values]
+            both = zip(values, tops, strict=True)
+            choice["logprobs"] = {"content": [{"token": "t", "logprob": v, "top_logprobs": top} for v, top in both]}
         elif not chat and body.get("logprobs") is not None:
             choice["logprobs"] = {"token_logprobs": values, "tokens": ["t"] * 3, "top_logprobs": None}
         choices.append(choice)

@@ -276,7 +276,7 @@ def test_always_the_wrong_form_is_given_up_soon(stub):
     stub.behave = lambda body, _: "too few" if body["n"] > 1 else "ok"
     failed = []
     endpoint = Endpoint(stub.url, "m", failed=lambda r, m: failed.append(m))
-    assert len(list(endpoint.run([*requests(1, n=4), *requests(2)]))) == 1 + 1 - 1 + 1
+    assert len(list(endpoint.run([*requests(1, n=4), *requests(2)]))) == 2
     assert failed == ["4 answers were asked for (n), 3 came (3 times)"]
 
 
@@ -323,6 +323,21 @@ def test_streamed_pieces_make_the_text(stub):
         mine = [p for p in pieces if p.index == completion.index]
         assert "".join(p.text for p in mine) == completion.text == text_of("p0", completion.index)
         assert [p.finish_reason for p in mine] == [None] * (len(mine) - 1) + ["stop"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_logprobs_and_alternatives(stub, streamed):
+    request = Request("p0", Sampling(logprobs=2), stream=(lambda piece: None) if streamed else None)
+    ((found,),) = Endpoint(stub.url, "m").generate([request])
+    values = [logprob_of(0, place) for place in range(3)]
+    assert stub.bodies[0]["top_logprobs"] == 2 and found.logprobs == values
+    assert found.top_logprobs == [[("t0", v), ("t1", v - 1)] for v in values]
+    stub.behave = lambda *_: "no logprobs"
+    failed = []
+    if streamed:
+        stub.behave = lambda body, _: body.pop("logprobs") and "ok"
+    endpoint = Endpoint(stub.url, "m", failed=lambda _, message: failed.append(message))
+    assert list(endpoint.run([request])) == [] and "has no log-probs, which were asked for" in failed[0]
 
 
 def test_a_stream_that_breaks_off(stub):

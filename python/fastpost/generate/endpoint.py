@@ -414,7 +414,7 @@ class _Worker:
 
     def _serve(self) -> None:
         try:
-            while (item := self.work.get()) is not None:
+            while (item := self.work.get()) is not None and not self.line.stop.is_set():
                 request, name = item
                 try:
                     answer = self.endpoint._answer(self.line, request, name)

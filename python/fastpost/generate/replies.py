@@ -59,13 +59,12 @@ def stream(response, request: Request, name, seen: list[bool]) -> tuple[list[Com
     was."""
     n = request.sampling.n
     texts, reasons, stops = [""] * n, [None] * n, [None] * n
-    logprobs = [[] if request.sampling.logprobs is not None else None for _ in range(n)]
-    usage, ended = {"prompt_tokens": 0, "new_tokens": 0}, False
+    logprobs, tops = [[] for _ in range(n)], [[] for _ in range(n)]
+    usage, wanted = {"prompt_tokens": 0, "new_tokens": 0}, request.sampling.logprobs
     while line := response.readline():
         if not line.startswith(b"data:"):
             continue
         if (data := line[5:].strip()) == b"[DONE]":
-            ended = True
             break
         tree = _json(data)
         if not isinstance(tree, dict) or "error" in tree:
@@ -78,8 +77,10 @@ def stream(response, request: Request, name, seen: list[bool]) -> tuple[list[Com
             if not 0 <= index < n:
                 raise Broken(f"{n} answers were asked for, one is numbered {index}", whole=True)
             text = (choice.get("delta") or {}).get("content") if "delta" in choice else choice.get("text")
-            if logprobs[index] is not None and choice.get("logprobs"):
-                logprobs[index] += _logprobs(choice["logprobs"], index)[0]
+            if wanted is not None:
+                values, top = _logprobs(choice.get("logprobs"), index)
+                logprobs[index] += values
+                tops[index] += top
             texts[index] += text or ""
             reasons[index] = choice.get("finish_reason") or reasons[index]
             stops[index] = _stop(choice) or stops[index]
@@ -87,11 +88,14 @@ def stream(response, request: Request, name, seen: list[bool]) -> tuple[list[Com
                 seen[0] = True
                 request.stream(Piece(name, index, (), text or "", choice.get("finish_reason")))
     response.read()
-    if any(reason in UNFINISHED for reason in reasons) or not (ended or all(reasons)):
+    if any(reason in UNFINISHED for reason in reasons):
         raise Broken("the answer was cut off in the middle", whole=False)
-    found = [
-        Completion(name, i, usage["prompt_tokens"], [], texts[i], reasons[i], stops[i], logprobs[i]) for i in range(n)
-    ]
+    found = []
+    for i in range(n):
+        if wanted is not None:
+            _expect_logprobs(texts[i], logprobs[i], i)
+        of_tokens = logprobs[i] if wanted is not None else None, tops[i] if wanted else None
+        found.append(Completion(name, i, usage["prompt_tokens"], [], texts[i], reasons[i], stops[i], *of_tokens))
     return found, usage
 
 
@@ -106,9 +110,13 @@ def _content(choice: dict, place: int, request: Request) -> tuple[str, list[floa
     if request.sampling.logprobs is None:
         return text, None, None
     values, top = _logprobs(choice.get("logprobs"), place)
+    _expect_logprobs(text, values, place)
+    return text, values, top if request.sampling.logprobs else None
+
+
+def _expect_logprobs(text: str, values: list[float], place: int) -> None:
     if text and not values:
         raise Broken(f"choices[{place}] has no log-probs, which were asked for", whole=True)
-    return text, values, top if request.sampling.logprobs else None
 
 
 def _logprobs(tree, place: int) -> tuple[list[float], list]:

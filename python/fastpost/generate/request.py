@@ -118,4 +118,6 @@ class Completion:
     finish_reason: FinishReason
     stop: str | None = None  # the stop string that ended it
     logprobs: list[float] | None = None  # of token_ids
-    top_logprobs: list[list[tuple[int, float]]] | None = None  # (id, log-prob) of the likeliest k, best first
+    top_logprobs: list[list[tuple[int, float]]] | None = (
+        None  # (id, or a server's word for it, log-prob) of the likeliest k
+    )
