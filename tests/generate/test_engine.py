@@ -196,6 +196,8 @@ def test_the_model_is_put_back_as_it_was(tokenizer):
     assert model.config._attn_implementation == NAME and not model.training
     engine.pause()
     assert [m.training for m in model.modules()] == modes and model.config._attn_implementation == before
+    with pytest.raises(ValueError, match=r"After pause\(\) call resume\(\)"):
+        engine.generate([Request([7, 8], Sampling(max_new_tokens=2))])
     engine.resume()
     engine.generate([Request([7, 8], Sampling(max_new_tokens=2))])
     engine.close()
@@ -255,3 +257,12 @@ def test_without_a_tokenizer_there_are_tokens_only(model):
         assert c.token_ids == greedy(model, [7, 8], 3) and c.text == ""
         with pytest.raises(ValueError, match="stop: expected a tokenizer"):
             engine.submit(Request([7], Sampling(stop="x")))
+
+
+def test_two_engines_of_a_model_do_not_go_on_with_what_the_other_left(tokenizer):
+    model = tiny.model()
+    first, second = Engine(model, tokenizer), Engine(model, tokenizer)
+    first.close()
+    with pytest.raises(ValueError, match="let no two engines have a model at the same time"):
+        second.generate([Request([7, 8], Sampling(max_new_tokens=2))])
+    second.close()

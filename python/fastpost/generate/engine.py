@@ -182,6 +182,7 @@ class Engine:
 
     def _forward(self, parts: list[Part], asked: list[int]) -> torch.Tensor:
         """The logits [len(asked), V] of the last token of these parts."""
+        self._takeover.check()
         count = len(parts)
         ids: list[int] = []
         table = np.zeros((count, 1, max(len(part.handle.pages) for part in parts)), dtype=np.int32)

@@ -53,6 +53,15 @@ class Takeover:
             module.__class__ = torch.nn.Linear
         restore_layers(self._layers)
 
+    def check(self) -> None:
+        """Raises ValueError when the model is not as apply() left it."""
+        name = self._attention[0][0]._attn_implementation
+        if not self._applied or name != cached_attention.NAME:
+            raise ValueError(
+                f"[Engine] model: expected it as this engine set it up, got its attention function back at '{name}'. "
+                "After pause() call resume(), and let no two engines have a model at the same time."
+            )
+
 
 def end_tokens(model, tokenizer) -> frozenset[int]:
     """Ids that end an answer: the generation config's, else the model config's, else the tokenizer's."""
