@@ -42,7 +42,7 @@ class ShadowLayer(SelfAttendingLayer):
         self.is_initialized = self.waiting = False
         self.store: Store | None = None
         self.resident = self.kept = self.fixed = self.slots = self.slot_values = self.fold_error = None
-        self.tail_keys = self.tail_values = None
+        self.tail_keys = self.tail_values = self.tail_table = None
 
     # ---- what transformers asks ----
 
@@ -339,8 +339,6 @@ class ShadowLayer(SelfAttendingLayer):
         self._place_fixed(row)
 
     # ---- the dense tail ----
-
-    tail_table = None
 
     def _reserve(self, batch: int, tokens: int, like: torch.Tensor) -> None:
         there = 0 if self.tail_keys is None else self.tail_keys.shape[2]
