@@ -41,6 +41,17 @@ def test_a_row_does_not_depend_on_the_others():
         assert torch.equal(layer(x.T.contiguous().T), together)
 
 
+def test_the_default_device_is_not_asked():
+    layer, x = make(40, 11, True), torch.randn(3, 40).bfloat16()
+    use_decode_linear(layer)
+    with torch.no_grad():
+        want = layer(x)
+        _few_rows._offset.cache_clear(), _few_rows._bytes.cache_clear()
+        with torch.device("meta"):
+            assert torch.equal(layer(x), want)
+        assert layer.to("meta")(x.to("meta")).shape == (3, 11)
+
+
 def test_what_does_not_fit_goes_as_before(monkeypatch):
     calls = []
     monkeypatch.setattr(_few_rows, "linear", lambda *a: calls.append(a))

@@ -19,23 +19,23 @@ MOST = 32
 
 @functools.cache
 def _offset(rows: int) -> torch.Tensor:
-    return torch.tensor([0, rows], dtype=torch.int32)
+    return torch.tensor([0, rows], dtype=torch.int32, device="cpu")
 
 
 @functools.lru_cache(maxsize=4096)
 def _bytes(shape: torch.Size, rows: int, threads: int) -> int:
-    return _core.grouped_gemm_bytes(torch.empty(1, dtype=torch.bfloat16).expand(shape), rows, threads)
+    return _core.grouped_gemm_bytes(torch.empty(1, dtype=torch.bfloat16, device="cpu").expand(shape), rows, threads)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: int = 0) -> torch.Tensor:
-    """x [..., K] · weight [N, K]ᵀ + bias [N], or [..., N / 2] with one of grouped_gemm's activations; no gradient. What
-    `fits` refuses does not belong here."""
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [..., K] · weight [N, K]ᵀ + bias [N], without gradient. What `fits` refuses does not belong here."""
     rows = x if x.ndim == 2 else x.reshape(-1, weight.shape[1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     weight = weight[None]
-    out = x.new_empty(*x.shape[:-1], weight.shape[1] >> (activation > 0))
-    workspace = torch.empty(_bytes(weight.shape, rows.shape[0], torch.get_num_threads()), dtype=torch.uint8)
-    _core.grouped_gemm(rows, None, 1, weight, _offset(rows.shape[0]), None if bias is None else bias[None], activation,
+    out = x.new_empty(*x.shape[:-1], weight.shape[1])
+    size = _bytes(weight.shape, rows.shape[0], torch.get_num_threads())
+    workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
+    _core.grouped_gemm(rows, None, 1, weight, _offset(rows.shape[0]), None if bias is None else bias[None], 0,
                        workspace, None, out.view(-1, out.shape[-1]))  # fmt: skip
     return out
 
