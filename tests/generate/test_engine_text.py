@@ -118,3 +118,23 @@ def test_a_listener_that_raises_loses_no_token(tokenizer):
             engine.step()
     assert handle.token_ids == [*ids, 2]
     assert "".join(p.text for p in heard) == "seven apples in the basket"
+
+
+def test_a_listener_that_cancels_another_ends_its_pieces_once(tokenizer):
+    """The other has sampled in the same step and was not told yet."""
+    heard = {"a": [], "b": []}
+
+    def listener(piece):
+        heard[piece.id].append(piece)
+        if len(heard["a"]) == 3:
+            engine.cancel(other)
+
+    s = Sampling(max_new_tokens=5, ignore_eos=True)
+    with Engine(tiny.model(), tokenizer) as engine:
+        _, other = (engine.submit(Request([7, 8], s, id=name, stream=listener))[0] for name in heard)
+        completions = {c.id: c for c in engine.run([])}
+    for name, reason in (("a", "length"), ("b", "cancelled")):
+        assert [p.finish_reason for p in heard[name]] == [None] * (len(heard[name]) - 1) + [reason]
+        assert [t for p in heard[name] for t in p.token_ids] == completions[name].token_ids
+        assert "".join(p.text for p in heard[name]) == completions[name].text
+    assert len(completions["b"].token_ids) == 3

@@ -235,15 +235,15 @@ class Engine:
                 self._end(handle, "stop", stop)
             elif len(handle.token_ids) >= wishes.max_new_tokens or len(handle) >= self.max_length:
                 self._end(handle, "length")
-            told.append((handle, token))
+            told.append(handle)
         self._tell(told)
 
-    def _tell(self, told: list[tuple[Handle, int]]) -> None:
+    def _tell(self, told: list[Handle]) -> None:
         """Listeners come last: whatever they do or raise, the sequences have their tokens."""
         error = None
-        for handle, token in told:
+        for handle in told:
             try:
-                handle.piece([token])
+                handle.piece()
             except Exception as raised:
                 error = error or raised
         if error is not None:
@@ -268,7 +268,7 @@ class Engine:
                 self._schedule.share(handle, heirs[0])
                 self._lead(heirs)
             self._end(handle, "cancelled")
-            handle.piece([])
+            handle.piece()
         return handle.completion()
 
     def prune(self, handles: Iterable[Handle], keep: Iterable[Handle]) -> list[Completion]:
@@ -318,7 +318,7 @@ class Engine:
             handle.append(token)
             handle.logprobs.append(None)
             handle.top_logprobs.append(None)
-        handle.piece(list(token_ids))
+        handle.piece()
 
     @torch.no_grad()
     def probe(self, handle: Handle | list[Handle], token_ids: list[int],

@@ -41,6 +41,7 @@ class Handle:
         self.nodes: list[int] = []
         self.table = np.zeros(8, dtype=np.int32)  # self.pages once more, ready to be copied
         self._tokenizer = tokenizer
+        self._heard = 0  # tokens that the listener was told, and one more when it was told the end
         self.set_sampling(sampling)
 
     def __repr__(self) -> str:
@@ -91,7 +92,7 @@ class Handle:
         for mine, theirs in ((self.token_ids, other.token_ids), (self.logprobs, other.logprobs),
                              (self.top_logprobs, other.top_logprobs)):  # fmt: skip
             mine[:] = theirs
-        self.free_indices = other.free_indices
+        self.free_indices, self._heard = other.free_indices, len(self.token_ids)
         self.set_sampling(self.sampling)
 
     def set_sampling(self, sampling: Sampling) -> None:
@@ -118,7 +119,7 @@ class Handle:
         keep = len(self.token_ids) - n
         for kept in (self.token_ids, self.logprobs, self.top_logprobs):
             del kept[keep:]
-        self._seen = None
+        self._seen, self._heard = None, min(self._heard, keep)
         if self._text is not None:
             self._text = self._rewritten()
             self._text.fresh()
@@ -136,12 +137,13 @@ class Handle:
     def replace_page(self, i: int, page: int) -> None:
         self.pages[i] = self.table[i] = page
 
-    def piece(self, token_ids: list[int]) -> None:
-        """Tell the listener, if there is one."""
-        if self.listener is None:
+    def piece(self) -> None:
+        """Tell the listener, if there is one, what it has not heard."""
+        heard, self._heard = self._heard, len(self.token_ids) + (self.finish_reason is not None)
+        if self.listener is None or heard == self._heard:
             return
         text = self._text.fresh(last=self.finish_reason is not None) if self._text is not None else ""
-        self.listener(Piece(self.id, self.index, tuple(token_ids), text, self.finish_reason))
+        self.listener(Piece(self.id, self.index, tuple(self.token_ids[heard:]), text, self.finish_reason))
 
     def finish(self, reason: FinishReason, stop: str | None = None) -> None:
         self.finish_reason, self.stop = reason, stop
