@@ -8,7 +8,7 @@ import torch
 
 import tiny
 from fastpost.generate.handle import Handle
-from fastpost.generate.paged_cache import LayerShape, PagedCache, UnsupportedModel, record
+from fastpost.generate.paged_cache import LayerShape, PagedCache, UnsupportedModel, layer_shapes
 from fastpost.generate.pages import ROOT, Pages
 from fastpost.generate.request import Sampling
 from fastpost.generate.schedule import Scheduler
@@ -168,7 +168,7 @@ def test_what_a_layer_keeps_is_seen_from_the_model(kind):
     hold = Takeover(model)
     hold.apply()
     with torch.no_grad():
-        shapes = record(model)
+        shapes = layer_shapes(model)
     hold.undo()
     assert [(s.heads, s.dim) for s in shapes] == [(2, 8)] * 2
 
@@ -177,9 +177,9 @@ def test_a_model_of_other_layers_is_refused():
     model = tiny.model()
     model.config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(UnsupportedModel, match="LlamaForCausalLM with linear_attention"):
-        record(model)
+        layer_shapes(model)
 
 
 def test_a_model_that_does_not_attend_through_the_cache_is_refused():
     with torch.no_grad(), pytest.raises(UnsupportedModel, match="does not attend through its cache in layer 0"):
-        record(tiny.model())  # not taken over
+        layer_shapes(tiny.model())  # not taken over

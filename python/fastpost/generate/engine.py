@@ -59,7 +59,7 @@ class Engine:
         try:
             self._takeover.apply()
             with torch.no_grad():
-                shapes = paged_cache.record(model)
+                shapes = paged_cache.layer_shapes(model)
             bytes_of_page = page * sum(shape.bytes for shape in shapes)
             if memory is not None:
                 pages = memory // bytes_of_page

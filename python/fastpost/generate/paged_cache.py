@@ -121,7 +121,7 @@ class PagedCache(Cache):
             store[:, :, target] = store[:, :, source]
 
 
-def record(model) -> list[LayerShape]:
+def layer_shapes(model) -> list[LayerShape]:
     """What each layer of the model keeps, by a forward of one token. The model must attend through cached_attention.
     Raises UnsupportedModel."""
     text = model.config.get_text_config()
