@@ -138,7 +138,7 @@ def draw(spectra, rank: int, path: Path) -> None:
     left.text(rank, 1.1e-2, f" rank {rank}", va="bottom", fontsize=8)
     left.set(xlabel="rank", ylabel="|keys - approximation| / |keys|", title="Truncation error, layers and mean")
     right.set(xlabel="layer", ylabel="directions", title="Directions that hold 90, 95, 99 % of the energy")
-    right.set_ylim(0, spectra[0].shape[1])
+    right.set_ylim(0, 1.25 * spectra[0].shape[1])  # room for the legend
     for ax in (left, right):
         ax.legend(fontsize=7, frameon=False)
         ax.spines[["top", "right"]].set_visible(False)

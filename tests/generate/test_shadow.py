@@ -7,7 +7,7 @@ import transformers as tf
 
 import fastpost
 import shadow_models as small
-from fastpost.generate.rope import Rope, rotates, unrotate
+from fastpost.generate.shadow.rope import Rope, rotates, unrotate
 from fastpost.reference.kv_reconstruct import rotate
 
 LEFT = torch.tensor([[0] * 37 + [1] * 73, [1] * 110, [0] * 5 + [1] * 105])

@@ -12,7 +12,7 @@ LOSSY = dict(rank=8, budget=32, outliers=2, local=1, bits=8, dense_below=0)
 
 def watched(monkeypatch):
     """Every call of kv_select from here on: (what it was given, what it chose)."""
-    from fastpost.generate import shadow_layer
+    from fastpost.generate.shadow import layer as shadow_layer
 
     calls, real = [], shadow_layer.kv_select
 
@@ -112,7 +112,7 @@ def test_reported_error_is_that_of_the_exact_decomposition():
             model(ids, past_key_values=one)
     layer = exact.shadow_layers[1]
     tables = exact.rows.row_tables(0, 0, 192, layer.tail_keys)
-    from fastpost.generate.rope import unrotate
+    from fastpost.generate.shadow.rope import unrotate
 
     keys = unrotate(layer.tail_keys[0, :, :192], *tables).transpose(0, 1).flatten(1).double()
     s = torch.linalg.svdvals(keys)

@@ -7,7 +7,7 @@ from transformers import DynamicCache
 
 import fastpost
 from fastpost.data.word_problems import problems
-from fastpost.generate.rope import Rope, unrotate
+from fastpost.generate.shadow.rope import Rope, unrotate
 from fastpost.hf import folder, smollm2
 from fastpost.user_cache import cache_dir
 

@@ -11,7 +11,7 @@ import transformers as tf
 
 import fastpost
 import shadow_models as small
-from fastpost.generate.value_store import ValueFile, ValueStore
+from fastpost.generate.shadow.values import ValueFile, ValueStore
 from fastpost.hf import cached_attention
 
 

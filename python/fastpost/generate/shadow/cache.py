@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
-from fastpost.generate.rope import Rope, rotates
-from fastpost.generate.shadow_layer import ShadowLayer
-from fastpost.generate.shadow_rows import WHO, Rows
-from fastpost.generate.shadow_store import Sizes
-from fastpost.generate.value_store import ValueFile
+from fastpost.generate.shadow.layer import ShadowLayer
+from fastpost.generate.shadow.rope import Rope, rotates
+from fastpost.generate.shadow.rows import WHO, Rows
+from fastpost.generate.shadow.store import Sizes
+from fastpost.generate.shadow.values import ValueFile
 from fastpost.hf.cached_attention import take_over
 
 SHARE = 160 / 1024  # ShadowKV's rank for eight key heads of 128

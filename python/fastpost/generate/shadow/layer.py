@@ -8,10 +8,10 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from fastpost.generate.rope import unrotate
-from fastpost.generate.shadow_rows import WHO, Rows, Step
-from fastpost.generate.shadow_store import Sizes, Store
-from fastpost.generate.value_store import ValueFile
+from fastpost.generate.shadow.rope import unrotate
+from fastpost.generate.shadow.rows import WHO, Rows, Step
+from fastpost.generate.shadow.store import Sizes, Store
+from fastpost.generate.shadow.values import ValueFile
 from fastpost.hf.cached_attention import CachedLength, SelfAttendingLayer
 from fastpost.ops.kv_reconstruct import kv_reconstruct
 from fastpost.ops.kv_select import kv_select

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastpost.generate.value_store import ValueFile, ValueStore
+from fastpost.generate.shadow.values import ValueFile, ValueStore
 from fastpost.ops.kv_factorize import kv_factorize, kv_project
 from fastpost.ops.kv_landmarks import kv_landmarks
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastpost.generate.rope import Rope
+from fastpost.generate.shadow.rope import Rope
 
 WHO = "ShadowCache"
 FOLD = 8  # chunks that are folded at a time: the ops cost the same for one
