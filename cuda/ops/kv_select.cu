@@ -569,7 +569,7 @@ void kv_select(Tensor query, Tensor landmark, Tensor scale, Tensor source, Tenso
   with_flag(c > kFewChunks, [&](auto many) {
     constexpr int kThreads = decltype(many)::value ? 1024 : 256;
     auto* kernel = select_kernel<kThreads>;
-    stream.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+    allow_shared(stream, kernel, static_cast<int>(bytes));
     launch(kernel, rows * key_heads, kThreads, static_cast<size_t>(bytes), stream, w,
            Outputs{resident.ptr<int32_t>(), chunks.ptr<int32_t>(), slots.ptr<int32_t>(), fresh.ptr<uint8_t>()},
            shared_keys, shared_lists);

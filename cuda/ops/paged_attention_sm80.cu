@@ -271,10 +271,11 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks) attend_kernel(Attention 
     sync_team<S>();
     look_up(step + 2);
     const int x = position(step);
-    const int64_t* keys_at = places + step % kPlaces * 2 * kKeys;
-    uint64_t there = __ballot_sync(0xffffffffu, lane < kKeys && keys_at[lane % kKeys] >= 0);
+    const int64_t* at = places + step % kPlaces * 2 * kKeys;
+    const auto is_there = [&](int j) { return at[j] >= 0 && at[kKeys + j] >= 0; };  // key and value
+    uint64_t there = __ballot_sync(0xffffffffu, lane < kKeys && is_there(lane % kKeys));
     if constexpr (kKeys > kWarp) {
-      there |= static_cast<uint64_t>(__ballot_sync(0xffffffffu, keys_at[kWarp + lane] >= 0)) << kWarp;
+      there |= static_cast<uint64_t>(__ballot_sync(0xffffffffu, is_there(kWarp + lane))) << kWarp;
     }
     if (x < most) {
       const bool all_seen = there == ~uint64_t{0} >> (64 - kKeys) && x + kKeys <= least && x >= most_low;
@@ -343,7 +344,7 @@ template <class T, int kD, bool kTiled>
 void launch_attend(const Stream& stream, const Attention& w) {
   using S = Shape<kD, kTiled>;
   auto* kernel = attend_kernel<T, S>;
-  stream.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes));
+  allow_shared(stream, kernel, S::kBytes);
   const int64_t blocks =
       kTiled ? most_tiles<S::kRows>(w) * w.key_heads : w.rows * w.key_heads * blocks_for(w.group, S::kRows) * w.splits;
   launch(kernel, blocks, kThreads, S::kBytes, stream, w);
