@@ -71,8 +71,9 @@ def paged_attention(
         _explain(*tensors)
     if out_dtype not in (None, query.dtype, torch.float32):
         raise ValueError(f"[paged_attention] out_dtype: expected None, {query.dtype} or float32, got {out_dtype}.")
-    rest = (query.shape[-1] ** -0.5 if scaling is None else scaling, softcap or 0.0, window or 0, return_lse,
-            out_dtype == torch.float32)  # fmt: skip
+    if scaling is None:
+        scaling = (query.shape[-1] or 1) ** -0.5 if query.ndim else 1.0
+    rest = (scaling, softcap or 0.0, window or 0, return_lse, out_dtype == torch.float32)
     if skip:
         out, lse = _forward(*tensors, *rest)
         return (out, lse) if return_lse else out
