@@ -32,11 +32,7 @@ struct Shape {
   static_assert((kTiled ? kRows : 16) * kD * 4 <= kRingBytes);   // sums go there at the end
 };
 
-template <int kChunks>
-__device__ __forceinline__ int swizzled(int row, int chunk) {
-  return (row * kChunks + (chunk ^ row % 8)) * 16;
-}
-// The same for a lane that reads chunks `even` + first: from a start, with what depends on the lane in `flip` alone. Written
+// What swizzled gives for a lane that reads chunks `even` + first: from a start, with what depends on the lane in `flip` alone. Written
 // so that it takes four registers, not one for every chunk.
 template <int kChunks>
 struct LaneChunks {
@@ -68,11 +64,6 @@ __device__ __forceinline__ float quad_max(float x) {
 __device__ __forceinline__ float quad_sum(float x) {
   x += shuffle_xor(x, 1);
   return x + shuffle_xor(x, 2);
-}
-
-template <class T>
-__device__ __forceinline__ uint32_t pair_of(float low, float high) {
-  return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
 }
 
 // 16 rows of a warp: lane 4g + t has rows g and g + 8, columns 2t and 2t + 1 of each eight.
