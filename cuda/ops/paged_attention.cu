@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads) plain_kernel(Attention w) {
     for (int j = warp; j < kKeys; j += kWarps) {  // a warp reads a key at a time
       const int x = begin + j;
       const int64_t key = x < tile.end ? offset_of(w.keys, key_place, x, w.page) : -1;
-      const int64_t value = x < tile.end ? offset_of(w.values, value_place, x, w.page) : -1;
+      const int64_t value = key >= 0 ? offset_of(w.values, value_place, x, w.page) : -1;
       for (int c = lane; c < d; c += kWarp) {
         keys[j * (d + 1) + c] = key >= 0 ? to_float(static_cast<const T*>(w.keys.data)[key + c]) : 0.0f;
         values[j * d + c] = value >= 0 ? to_float(static_cast<const T*>(w.values.data)[value + c]) : 0.0f;
