@@ -49,9 +49,10 @@ def paged_attention(
         return_lse: also [T, H] float32, log Σ exp of the logits (-inf where nothing is seen; out is 0 there).
         out_dtype: float32, or None: the dtype of query.
 
-    Sums are float32. The bits of a row do not depend on other sequences, nor on the number of threads. Where a sequence
-    has many rows (a prompt), exponentials are rounded to bfloat16 before they multiply bfloat16 values, as in torch's
-    own attention; single rows keep float32.
+    Sums are float32. The bits of a row do not depend on other sequences' values, nor on the number of threads; on a
+    GPU they do depend on shapes: how many rows there are to a sequence, and how many positions the table has room for.
+    Where a sequence has many rows (a prompt), exponentials are rounded to bfloat16 before they multiply bfloat16
+    values, as in torch's own attention; single rows keep float32 (on a CPU).
 
     Raises:
         ValueError: wrong dtype, shape, layout or device; an input that requires grad.
