@@ -71,6 +71,13 @@ void expect(const char* op, const char* argument, const Tensor& t, std::initiali
   }
 }
 
+void expect_workspace(const char* op, const Tensor& workspace, int64_t bytes, const Tensor& like) {
+  expect(op, "workspace", workspace, {DType::UInt8}, {kAny}, Layout::Contiguous, &like);
+  if (workspace.size(0) < bytes) {
+    fail(op, "workspace", "at least " + std::to_string(bytes) + " bytes", std::to_string(workspace.size(0)));
+  }
+}
+
 void expect_targets(const char* op, const Tensor& target, int64_t classes, int64_t ignore_index) {
   const int64_t* t = target.ptr<int64_t>();
   for (int64_t i = 0, n = target.numel(); i < n; ++i) {

@@ -32,6 +32,9 @@ inline void expect_optional(const char* op, const char* argument, const Tensor& 
   if (t.defined()) expect(op, argument, t, dtypes, shape, layout, like);
 }
 
+// workspace: uint8, with at least so many bytes.
+void expect_workspace(const char* op, const Tensor& workspace, int64_t bytes, const Tensor& like);
+
 // Class indices in [0, classes) or ignore_index. Reads the data, so only for CPU tensors.
 void expect_targets(const char* op, const Tensor& target, int64_t classes, int64_t ignore_index);
 

@@ -59,12 +59,6 @@ struct ProjectSpace {
         sums(a.take<float>(slots * kRows * w.panels(r) * w.lanes)) {}
 };
 
-void expect_bytes(const Tensor& workspace, int64_t bytes) {
-  if (bytes > workspace.size(0)) {
-    fail(kOp, "workspace", "at least " + std::to_string(bytes) + " bytes", std::to_string(workspace.size(0)));
-  }
-}
-
 // Tokens of sequence i that count.
 int64_t tokens_of(const Tensor& length, int64_t i, int64_t s) {
   return length.defined() ? length.ptr<int32_t>()[i] : s;
@@ -207,11 +201,14 @@ void kv_factorize_gram(Tensor keys, Tensor length, Tensor workspace, Tensor gram
   check_keys(keys, length, workspace);
   const int64_t b = keys.size(0), s = keys.size(1), d = keys.size(2);
   expect(kOp, "gram", gram, {DType::Float32}, {b, d, d}, Layout::Contiguous, &keys);
-  if (keys.device == Device::CUDA) return cuda::kv_factorize_gram(keys, length, workspace, gram);
+  if (keys.device == Device::CUDA) {
+    expect_workspace(kOp, workspace, cuda::kv_factorize_bytes(keys, 0), keys);
+    return cuda::kv_factorize_gram(keys, length, workspace, gram);
+  }
   Arena arena{workspace.ptr<char>()};
   const Words w(keys.dtype);
   const GramSpace space(arena, w, d);
-  expect_bytes(workspace, arena.used);
+  expect_workspace(kOp, workspace, arena.used, keys);
   for (int64_t i = 0; i < b; ++i) {
     gram_of(rows_of(keys, i), tokens_of(length, i, s), d, w, space, gram.ptr<float>() + i * d * d);
   }
@@ -229,6 +226,7 @@ void kv_factorize_project(Tensor keys, Tensor length, Tensor directions, Tensor 
     expect(kOp, "u", u, {keys.dtype, DType::Float32}, {b, s, r}, Layout::ContiguousRows, &keys);
   }
   if (keys.device == Device::CUDA) {
+    expect_workspace(kOp, workspace, cuda::kv_factorize_bytes(keys, r), keys);
     return cuda::kv_factorize_project(keys, length, directions, workspace, u, scale);
   }
   const Words w(keys.dtype);
@@ -241,7 +239,7 @@ void kv_factorize_project(Tensor keys, Tensor length, Tensor directions, Tensor 
   }
   Arena arena{workspace.ptr<char>()};
   const ProjectSpace space = space_for(arena, slots);
-  expect_bytes(workspace, arena.used);
+  expect_workspace(kOp, workspace, arena.used, keys);
   for (int64_t i = 0; i < b; ++i) {
     pack_directions(directions, i, w, space);
     project(keys, i, tokens_of(length, i, s), w, space, slots, u, scale);
@@ -249,8 +247,8 @@ void kv_factorize_project(Tensor keys, Tensor length, Tensor directions, Tensor 
 }
 
 int64_t kv_factorize_bytes(Tensor keys, int64_t rank, int64_t threads) {
-  if (keys.device == Device::CUDA) return cuda::kv_factorize_bytes(keys, rank);
   if (keys.ndim != 3 || rank < 0) return 0;  // refused by name when it is used
+  if (keys.device == Device::CUDA) return cuda::kv_factorize_bytes(keys, rank);
   const Words w(keys.dtype);
   Arena gram{nullptr}, project{nullptr};
   GramSpace(gram, w, keys.size(2));

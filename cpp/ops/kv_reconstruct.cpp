@@ -103,8 +103,10 @@ void kv_reconstruct(Tensor u, Tensor scale, Tensor basis, Tensor cos, Tensor sin
          Layout::ContiguousRows);
   const int64_t p = u.size(0), s = u.size(1), r = u.size(2);
   if (r < 1) fail(op, "u", "a rank of at least 1", describe(u));
-  if (u.dtype == DType::Int8 || scale.defined()) {
+  if (u.dtype == DType::Int8) {
     expect(op, "scale", scale, {DType::Float32}, {p, s}, Layout::ContiguousRows, &u);
+  } else if (scale.defined()) {
+    fail(op, "scale", "None, as u is not int8", describe(scale));
   }
   expect(op, "basis", basis, {DType::Float32, DType::BFloat16}, {p, kAny, r, kAny}, Layout::ContiguousRows, &u);
   const int64_t g = basis.size(1), d = basis.size(3);
@@ -140,6 +142,8 @@ void kv_reconstruct(Tensor u, Tensor scale, Tensor basis, Tensor cos, Tensor sin
     if (values.dtype == DType::Int8) {
       expect(op, "value_scale", value_scale, {DType::Float32}, {p, g, values.size(2), chunk}, Layout::ContiguousRows,
              &values);
+    } else if (value_scale.defined()) {
+      fail(op, "value_scale", "None, as values are not int8", describe(value_scale));
     }
   }
   expect(op, "workspace", workspace, {DType::UInt8}, {kAny}, Layout::Contiguous, &u);

@@ -78,7 +78,7 @@ void settle(const int32_t* wanted, int64_t n, int64_t slots_of, int64_t c, int32
     fresh[k] = 0;
     if (k < n) place[wanted[k]] = static_cast<int32_t>(k);
   }
-  for (int64_t s = 0; s < slots_of; ++s) {
+  for (int64_t s = slots_of - 1; s >= 0; --s) {  // of a chunk that should lie in two, the last
     const int32_t k = resident[s] >= 0 && resident[s] < c ? place[resident[s]] : -1;
     if (k >= 0 && slots[k] < 0) {
       slots[k] = static_cast<int32_t>(s);
@@ -136,8 +136,10 @@ void kv_select(Tensor query, Tensor landmark, Tensor scale, Tensor source, Tenso
          std::to_string(h) + " heads");
   }
   if (c > INT32_MAX) fail(op, "landmark", "fewer than 2^31 chunks", describe(landmark));
-  if (landmark.dtype == DType::Int8 || scale.defined()) {
+  if (landmark.dtype == DType::Int8) {
     expect(op, "scale", scale, {DType::Float32}, {p, g, c}, Layout::ContiguousRows, &query);
+  } else if (scale.defined()) {
+    fail(op, "scale", "None, as landmark is not int8", describe(scale));
   }
   expect_optional(op, "source", source, {DType::Int32}, {b}, Layout::Contiguous, &query);
   expect(op, "count", count, {DType::Int32}, {b}, Layout::Contiguous, &query);
@@ -149,6 +151,7 @@ void kv_select(Tensor query, Tensor landmark, Tensor scale, Tensor source, Tenso
   expect(op, "fresh", fresh, {DType::UInt8}, {b, g, n}, Layout::Contiguous, &query);
   expect(op, "workspace", workspace, {DType::UInt8}, {kAny}, Layout::Contiguous, &query);
   if (query.device == Device::CUDA) {
+    expect_workspace(op, workspace, cuda::kv_select_bytes(query, landmark), query);
     return cuda::kv_select(query, landmark, scale, source, count, kept, scaling, workspace, resident, chunks, slots,
                            fresh);
   }

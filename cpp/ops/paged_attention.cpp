@@ -28,6 +28,14 @@ constexpr const char* kOp = "paged_attention";
 
 // ---- checks ----------------------------------------------------------------------------------------------------------
 
+void expect_heads(const Tensor& query, const Tensor& keys) {
+  const int64_t h = query.size(1), g = keys.size(1);
+  if (g < 1 || h < 1 || h % g != 0 || keys.size(3) < 1 || query.size(2) < 1) {
+    fail(kOp, "keys", "[R, G, P, page, d] with query heads (" + std::to_string(h) + ") a multiple of G, none of them 0",
+         describe(keys));
+  }
+}
+
 void expect_rows_of_pool(const char* argument, const Tensor& row, const Tensor& pool, int64_t b, const Tensor& query) {
   const int64_t r = pool.size(0);
   expect_optional(kOp, argument, row, {DType::Int32}, {b}, Layout::Contiguous, &query);
@@ -262,6 +270,7 @@ void compute(const Problem& p, const Plan& plan, const Scratch& s, int64_t threa
 int64_t paged_attention_bytes(Tensor query, Tensor keys, Tensor key_table, int64_t threads) {
   expect(kOp, "query", query, kFloats, {kAny, kAny, kAny}, Layout::ContiguousRows);
   expect(kOp, "keys", keys, {query.dtype}, {kAny, kAny, kAny, kAny, query.size(2)}, Layout::ContiguousRows, &query);
+  expect_heads(query, keys);
   expect(kOp, "table", key_table, {DType::Int32}, {kAny, kAny, kAny}, Layout::Contiguous, &query);
   if (query.device == Device::CUDA) return cuda::paged_attention_bytes(query, keys, key_table);
   Arena arena{nullptr};
@@ -276,11 +285,8 @@ void paged_attention(Tensor query, Tensor keys, Tensor values, Tensor key_table,
   expect(kOp, "query", query, kFloats, {kAny, kAny, kAny}, Layout::ContiguousRows);
   const int64_t t = query.size(0), h = query.size(1), d = query.size(2);
   expect(kOp, "keys", keys, {query.dtype}, {kAny, kAny, kAny, kAny, d}, Layout::ContiguousRows, &query);
+  expect_heads(query, keys);
   const int64_t g = keys.size(1), page = keys.size(3);
-  if (g < 1 || h % g != 0 || page < 1 || d < 1) {
-    fail(kOp, "keys", "[R, G, P, page, d] with query heads (" + std::to_string(h) + ") a multiple of G",
-         describe(keys));
-  }
   expect(kOp, "values", values, {query.dtype}, {kAny, g, kAny, page, d}, Layout::ContiguousRows, &query);
   expect(kOp, "length", length, {DType::Int32}, {kAny}, Layout::Contiguous, &query);
   const int64_t b = length.size(0);
@@ -319,7 +325,8 @@ void paged_attention(Tensor query, Tensor keys, Tensor values, Tensor key_table,
   if (window < 0) fail(kOp, "window", "a number above 0, or None", std::to_string(window));
   expect(kOp, "out", out, {query.dtype, DType::Float32}, {t, h, d}, Layout::Contiguous, &query);
   expect_optional(kOp, "lse", lse, {DType::Float32}, {t, h}, Layout::Contiguous, &query);
-  expect(kOp, "workspace", workspace, {DType::UInt8}, {kAny}, Layout::Contiguous, &query);
+  const int64_t threads = num_threads();
+  expect_workspace(kOp, workspace, paged_attention_bytes(query, keys, key_table, threads), query);
   if (query.device == Device::CUDA) {
     return cuda::paged_attention(query, keys, values, key_table, value_table, length, cu_seqlens, key_row, value_row,
                                  new_keys, new_values, begun_out, begun_lse, scaling, softcap, window, workspace, out,
@@ -345,11 +352,6 @@ void paged_attention(Tensor query, Tensor keys, Tensor values, Tensor key_table,
                   page,
                   in_pairs(query)};
   check_values(p);
-  const int64_t threads = num_threads(), needed = paged_attention_bytes(query, keys, key_table, threads);
-  if (workspace.size(0) < needed) {
-    fail(kOp, "workspace", "at least " + std::to_string(needed) + " bytes", std::to_string(workspace.size(0)),
-         "Ask paged_attention_bytes.");
-  }
   append(p);
   const Plan plan = plan_of(p, threads);
   Arena arena{workspace.ptr<char>()};

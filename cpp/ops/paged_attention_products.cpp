@@ -50,9 +50,15 @@ void attend_tile(const Problem& p, const TileSpace& space, int64_t b, int64_t g,
   Present present;
   Seen seen[kTile];
   for (int64_t block = lowest / kKeys * kKeys; block < highest; block += kKeys) {
-    const int64_t begin = std::max(lowest, block), end = std::min(highest, block + kKeys);
-    present.find(p, b, g, begin, end);
-    if (present.count == 0) continue;
+    // From the block's start on, whatever the tile's first row sees: a row's sums then fall into the same lanes in every
+    // tile, so that its bits do not depend on how rows were shared out.
+    const int64_t end = std::min(highest, block + kKeys);
+    present.find(p, b, g, block, end);
+    const int32_t unseen = present.below(p, b, g, block, end, lowest);
+    if (unseen == present.count) continue;
+    // No row looks at these, and they may hold anything: 0 times NaN is NaN.
+    std::fill_n(present.key, unseen, present.key[unseen]);
+    std::fill_n(present.value, unseen, present.value[unseen]);
     const PointedRows keys{present.key, present.count}, values{present.value, present.count};
     kernels.pack_across(p.pairs, p.query.dtype, keys, p.d, s.lanes, space.key_panels);
     kernels.pack_along(p.pairs, p.query.dtype, values, p.d, s.lanes, s.lanes * s.value_steps, space.value_panels);
@@ -62,8 +68,8 @@ void attend_tile(const Problem& p, const TileSpace& space, int64_t b, int64_t g,
         seen[v] = seen[v - 1];
         continue;
       }
-      seen[v].begin = present.below(p, b, g, begin, end, p.begin(b, i));
-      seen[v].end = std::max(seen[v].begin, present.below(p, b, g, begin, end, p.end(b, i)));
+      seen[v].begin = present.below(p, b, g, block, end, p.begin(b, i));
+      seen[v].end = std::max(seen[v].begin, present.below(p, b, g, block, end, p.end(b, i)));
     }
     for (int64_t v = 0; v < count; v += kAtOnce) {
       const int64_t rows = std::min(kAtOnce, count - v);

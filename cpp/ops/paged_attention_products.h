@@ -107,7 +107,7 @@ inline std::pair<int64_t, int64_t> span(const Problem& p, int64_t b, int64_t fir
   return {p.begin(b, first / p.groups), std::max<int64_t>(0, p.end(b, (first + count - 1) / p.groups))};
 }
 
-constexpr int64_t kTile = 768, kKeys = 128;  // vectors of a tile at most, positions of a block
+constexpr int64_t kTile = 768;  // vectors of a tile at most
 
 // A thread's workspace for tiles.
 struct TileSpace {

@@ -282,8 +282,6 @@ void pack_along(bool pairs, DType dtype, PointedRows rows, int64_t d, int64_t la
   });
 }
 
-constexpr int64_t kKeys = 128;  // columns of logits
-
 #if defined(__AVX512F__)
 inline bool any_above(F32 x, float bound) { return not_at_most(x, broadcast(bound)) != 0; }
 inline float highest(F32 x) { return _mm512_reduce_max_ps(x.v); }

@@ -13,6 +13,7 @@ namespace fastpost {
 constexpr int64_t kSplit = 512;
 constexpr int64_t kMostFew = 16;  // vectors of such a unit
 
+constexpr int64_t kKeys = 128;     // positions of a block that many vectors meet
 constexpr int64_t kSumLanes = 16;  // Σ p of one of many vectors is kept in so many parts
 
 // logit = softcap(scaling·q·k), softcap off when 0.
@@ -45,7 +46,7 @@ struct AttentionKernels {
   void (*pack_along)(bool pairs, DType dtype, PointedRows rows, int64_t d, int64_t lanes, int64_t panel_words,
                      uint32_t* out);
 
-  // logits [m][128], q·k of `used` more rows -> shares, p = e^(logit - max) as words [m][128 or, for pairs, 64]. Brings
+  // logits [m][kKeys], q·k of `used` more rows -> shares, p = e^(logit - max) as words [m][kKeys, half for pairs]. Brings
   // max [m] and sums [m][kSumLanes] up to date, and out [m][out_row] to a new maximum.
   void (*many)(bool pairs, float* logits, int64_t m, int64_t used, const Seen* seen, LogitRule rule, int64_t d,
                float* out, int64_t out_row, float* max, float* sums, uint32_t* shares);

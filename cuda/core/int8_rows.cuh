@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows in int8 with one float32 scale each: scale = max|row| / 127, values rounded half to even. A row whose scale would be
-// below the normal numbers becomes 0.
+// Rows in int8 with one float32 scale each: scale = max|row| / 127, row / scale rounded half to even, with the bits of
+// cpp/core/simd_rows.h: a product with the inverse would be rounded twice.
 #pragma once
 
 #include <cmath>
@@ -14,12 +14,11 @@ namespace fastpost::cuda {
 __device__ inline float max_or_nan(float a, float b) { return a > b || a != a ? a : b; }
 
 struct Int8Row {
-  float scale, inverse;
+  float scale, divisor;
 
-  __device__ explicit Int8Row(float max)
-      : scale(max / 127.0f), inverse(scale >= 1.17549435e-38f ? 1.0f / scale : 0.0f) {}
+  __device__ explicit Int8Row(float max) : scale(max / 127.0f), divisor(scale > 0.0f ? scale : 1.0f) {}
   __device__ int8_t operator()(float x) const {
-    return static_cast<int8_t>(rintf(fminf(fmaxf(x * inverse, -127.0f), 127.0f)));
+    return static_cast<int8_t>(rintf(fminf(fmaxf(x / divisor, -127.0f), 127.0f)));
   }
 };
 

@@ -93,6 +93,19 @@ __device__ inline void load_matrices_transposed(const void* row, uint32_t (&out)
 #endif
 }
 
+// Where 16 bytes of a row lie in shared memory, so that eight neighbouring rows' lie in different banks.
+template <int kChunks>  // of a row
+__host__ __device__ constexpr int swizzled(int row, int chunk) {
+  static_assert(kChunks == 4 || kChunks % 8 == 0);
+  return (row * kChunks + (kChunks == 4 ? chunk ^ row / 2 % 4 : chunk ^ row % 8)) * 16;
+}
+
+// Two numbers, rounded, in a register: `low` in its lower half.
+template <class T>
+__device__ __forceinline__ uint32_t pair_of(float low, float high) {
+  return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
+}
+
 // 16 bytes from global to shared memory, zeros if !exists. A thread's own copies are there once copies_wait says so; those
 // of others after a barrier, too. Unlike loads to registers, any number can be under way, and each group of them (closed by
 // copies_commit) can be waited for by itself.

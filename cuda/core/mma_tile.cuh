@@ -23,13 +23,6 @@ struct Shape {
   static_assert(kNBlocks % 4 == 0);
 };
 
-// Where 16 bytes of a row lie in shared memory, so that eight neighbouring rows' lie in different banks.
-template <int kChunks>  // of a row
-__host__ __device__ constexpr int swizzled(int row, int chunk) {
-  static_assert(kChunks == 4 || kChunks % 8 == 0);
-  return (row * kChunks + (kChunks == 4 ? chunk ^ row / 2 % 4 : chunk ^ row % 8)) * 16;
-}
-
 // The first of eight columns that a warp has of a tile of B: half of its blocks lie in the tile's first half.
 template <class S>
 __host__ __device__ constexpr int block_column(int warp_n, int block) {

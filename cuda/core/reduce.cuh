@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cuda/core/launch.h"
+
 namespace fastpost::cuda {
 
 constexpr int kWarp = 32;
@@ -56,5 +58,37 @@ __device__ T block_reduce(T value, F combine) {
   for (int w = 1; w < kWarps; ++w) value = combine(value, partial[w].get());
   return value;
 }
+
+// Sums of kValues values over groups of L lanes. Each lane ends with its share of them, from `first` on: a step sends half of
+// what is left to the lane across and adds what comes from there.
+template <int L, int kValues>
+struct ScatteredSums {
+  static constexpr int kLeft = L < kValues ? kValues / L : 1;
+  static constexpr int kCopies = L > kValues ? L / kValues : 1;  // lanes that end with the same
+
+  static __device__ int first(int lane) {
+    int index = 0, half = kValues / 2;
+    FP_UNROLL
+    for (int mask = L / 2; mask > 0 && half > 0; mask /= 2, half /= 2) index += lane & mask ? half : 0;
+    return index;
+  }
+  template <int kMask, int kCount>
+  static __device__ void step(float (&v)[kValues], int lane) {
+    if constexpr (kMask > 0) {
+      if constexpr (kCount > 1) {
+        FP_UNROLL
+        for (int k = 0; k < kCount / 2; ++k) {
+          const bool upper = lane & kMask;
+          const float kept = upper ? v[k + kCount / 2] : v[k], sent = upper ? v[k] : v[k + kCount / 2];
+          v[k] = kept + shuffle_xor(sent, kMask);
+        }
+        step<kMask / 2, kCount / 2>(v, lane);
+      } else {
+        v[0] += shuffle_xor(v[0], kMask);
+        step<kMask / 2, 1>(v, lane);
+      }
+    }
+  }
+};
 
 }  // namespace fastpost::cuda

@@ -89,22 +89,6 @@ __device__ inline float cosine(float dot, float square, float mean_square) {
   return dot / (fmaxf(sqrtf(square), 1e-20f) * fmaxf(sqrtf(mean_square), 1e-20f));
 }
 
-// Sums over the warp of each of 16 values with as many shuffles; a lane gets that of value lane / 2.
-template <int kHalf = 8>
-__device__ __forceinline__ float sums_of_16(float (&v)[16], int lane) {
-  if constexpr (kHalf == 0) {
-    return v[0] + shuffle_xor(v[0], 1);
-  } else {
-    const bool upper = lane & 2 * kHalf;
-    FP_UNROLL
-    for (int i = 0; i < kHalf; ++i) {
-      const float given = upper ? v[i] : v[i + kHalf];
-      v[i] = (upper ? v[i + kHalf] : v[i]) + shuffle_xor(given, 2 * kHalf);
-    }
-    return sums_of_16<kHalf / 2>(v, lane);
-  }
-}
-
 // Eight rows of up to 32·N elements, N at a time.
 template <class T, int N>
 __global__ void __launch_bounds__(kWarps* kWarp) eight_kernel(Landmarks w, Grid3<const T> keys, int64_t row_stride) {
@@ -140,10 +124,11 @@ __global__ void __launch_bounds__(kWarps* kWarp) eight_kernel(Landmarks w, Grid3
       }
     }
   }
-  const float sum = sums_of_16(sums, lane);
+  // A lane ends with that of value lane / 2, in sums[0].
+  ScatteredSums<kWarp, 2 * kMembers>::template step<kWarp / 2, 2 * kMembers>(sums, lane);
   mean_square = warp_reduce(mean_square, add);
-  const float square = shuffle_xor(sum, kWarp / 2);  // of the member whose dot a lane of the first half has
-  const float similarity = warp_reduce(lane < kWarp / 2 ? cosine(sum, square, mean_square) : INFINITY, min_or_nan);
+  const float square = shuffle_xor(sums[0], kWarp / 2);  // of the member whose dot a lane of the first half has
+  const float similarity = warp_reduce(lane < kWarp / 2 ? cosine(sums[0], square, mean_square) : INFINITY, min_or_nan);
   const Int8Row row(w.scale.data ? warp_reduce(max, max_or_nan) : 0.0f);
   if (here) store_mean<T, N>(w, place, column, mean, row);
   if (lane == 0) store_scalars(w, place, row.scale, similarity);
@@ -193,7 +178,7 @@ bool fits(const Tensor& keys, int n) {
   const int64_t d = keys.size(3), bytes = n * itemsize(keys.dtype);
   bool aligned = reinterpret_cast<uintptr_t>(keys.data) % static_cast<uintptr_t>(bytes) == 0;
   for (int i = 0; i < 3; ++i) aligned = aligned && (keys.size(i) <= 1 || keys.stride(i) % n == 0);
-  return aligned && d % n == 0 && d <= kWarp * n;
+  return aligned && d > 0 && d % n == 0 && d <= kWarp * n;
 }
 
 }  // namespace

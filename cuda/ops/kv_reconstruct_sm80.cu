@@ -19,6 +19,11 @@ constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16;
 constexpr int kPickedRows = 2 * kWarps * kRows;  // of a block, fresh or not
 constexpr int kMostBytes = 110 << 10;            // two blocks to a multiprocessor (Hopper)
 
+__host__ __device__ constexpr int picks_of_block(int chunk) {
+  const int picks = kPickedRows / chunk;
+  return picks < 1 ? 1 : picks < 32 ? picks : 32;
+}
+
 // How shared memory is laid out: the basis, [step][d], twice where it is split; then of each warp 16 rows of u, and in the same
 // place 8 rows of sums. Rows are 16 bytes longer than they would have to be: neighbouring ones then begin in other banks.
 struct Layout {
@@ -42,15 +47,11 @@ struct Layout {
   __host__ __device__ constexpr int bytes() const { return parts * part_bytes + kWarps * warp_bytes; }
 };
 
-__device__ __forceinline__ uint32_t pair_of(float low, float high) {
-  return uint32_t{from_float<bfloat16>(high).bits} << 16 | from_float<bfloat16>(low).bits;
-}
-
 // 16 bytes from eight values.
 __device__ __forceinline__ void store_eight(char* to, const float (&x)[8]) {
   Packed<uint32_t, 4> packed;
   FP_UNROLL
-  for (int i = 0; i < 4; ++i) packed.v[i] = pair_of(x[2 * i], x[2 * i + 1]);
+  for (int i = 0; i < 4; ++i) packed.v[i] = pair_of<bfloat16>(x[2 * i], x[2 * i + 1]);
   *reinterpret_cast<Packed<uint32_t, 4>*>(to) = packed;
 }
 
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 3 : 2)
   if (!block.key) return copy_values<T, kWarps>(w, block.index, rows);
 
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const int of_block = w.chunk >= kPickedRows ? 1 : kPickedRows / w.chunk < 32 ? kPickedRows / w.chunk : 32;
+  const int of_block = picks_of_block(w.chunk);
   const int64_t groups = (w.picks + of_block - 1) / of_block, first_pick = block.index % groups * of_block;
   const int64_t g = block.index / groups % w.heads, b = block.index / groups / w.heads;
   const int64_t p = prompt_of(w, b);
@@ -280,8 +281,7 @@ void reconstruct_sm80(const Stream& stream, const ReconstructWork& work, int64_t
   const auto go = [&]<class T>(T, auto columns) {
     constexpr int kColumns = decltype(columns)::value;
     const Layout layout(work.rank, kColumns, work.basis_wide, kMostBytes);
-    const int chunks = kPickedRows / work.chunk, of_block = chunks < 1 ? 1 : chunks < 32 ? chunks : 32;
-    const int64_t key_blocks = rows * work.heads * blocks_for(work.picks, of_block);
+    const int64_t key_blocks = rows * work.heads * blocks_for(work.picks, picks_of_block(work.chunk));
     const int64_t value_blocks = work.values ? blocks_for(rows * work.heads * work.picks, kWarps) : 0;
     auto* kernel = reconstruct_kernel<T, kColumns>;
     allow_shared(stream, kernel, layout.bytes());

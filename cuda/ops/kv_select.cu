@@ -110,43 +110,11 @@ struct Words {
   }
 };
 
-// Sums of kValues values over groups of L lanes. Each lane ends with its share of them, from `first` on: a step sends half of
-// what is left to the lane across and adds what comes from there.
-template <int L, int kValues>
-struct Scatter {
-  static constexpr int kLeft = L < kValues ? kValues / L : 1;
-  static constexpr int kCopies = L > kValues ? L / kValues : 1;  // lanes that end with the same
-
-  static __device__ int first(int lane) {
-    int index = 0, half = kValues / 2;
-    FP_UNROLL
-    for (int mask = L / 2; mask > 0 && half > 0; mask /= 2, half /= 2) index += lane & mask ? half : 0;
-    return index;
-  }
-  template <int kMask, int kCount>
-  static __device__ void step(float (&v)[kValues], int lane) {
-    if constexpr (kMask > 0) {
-      if constexpr (kCount > 1) {
-        FP_UNROLL
-        for (int k = 0; k < kCount / 2; ++k) {
-          const bool upper = lane & kMask;
-          const float kept = upper ? v[k + kCount / 2] : v[k], sent = upper ? v[k] : v[k + kCount / 2];
-          v[k] = kept + shuffle_xor(sent, kMask);
-        }
-        step<kMask / 2, kCount / 2>(v, lane);
-      } else {
-        v[0] += shuffle_xor(v[0], kMask);
-        step<kMask / 2, 1>(v, lane);
-      }
-    }
-  }
-};
-
 // L lanes to a landmark, N elements to a lane; kHeads query heads of a group at a time.
 template <class T, int L, int kHeads>
 __global__ void __launch_bounds__(kThreads, 2) score_kernel(Selecting w) {
   constexpr int N = sizeof(T) == 1 ? 16 : 8, kGroups = kWarp / L, kValues = kRows * kHeads;
-  using Sum = Scatter<L, kValues>;
+  using Sum = ScatteredSums<L, kValues>;
   __shared__ float logits[kHeads][kTile];
   __shared__ uint8_t closed[kTile];
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
@@ -569,7 +537,7 @@ void kv_select(Tensor query, Tensor landmark, Tensor scale, Tensor source, Tenso
   with_flag(c > kFewChunks, [&](auto many) {
     constexpr int kThreads = decltype(many)::value ? 1024 : 256;
     auto* kernel = select_kernel<kThreads>;
-    stream.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+    allow_shared(stream, kernel, static_cast<int>(bytes));
     launch(kernel, rows * key_heads, kThreads, static_cast<size_t>(bytes), stream, w,
            Outputs{resident.ptr<int32_t>(), chunks.ptr<int32_t>(), slots.ptr<int32_t>(), fresh.ptr<uint8_t>()},
            shared_keys, shared_lists);

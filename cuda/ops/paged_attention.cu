@@ -121,17 +121,14 @@ __global__ void __launch_bounds__(kThreads) plain_kernel(Attention w) {
     sees[r] = tile.sees + (tile.first + warp + r * kWarps) / w.group;
   }
   for (int begin = tile.begin; begin < tile.end; begin += kKeys) {
-    __syncthreads();  // the last step's keys and values have been read
-    bool there = false;
-    {  // a warp reads a key at a time
-      const int x = begin + lane;
-      const int64_t key = x < tile.end ? offset_of(w.keys, key_place, x, w.page) : -1;
-      there = key >= 0;
-    }
-    for (int j = warp; j < kKeys; j += kWarps) {
+    __syncthreads();                // the last step's keys and values have been read
+    const int mine = begin + lane;  // the position whose logits are this lane's
+    const bool there = mine < tile.end && offset_of(w.keys, key_place, mine, w.page) >= 0 &&
+                       offset_of(w.values, value_place, mine, w.page) >= 0;
+    for (int j = warp; j < kKeys; j += kWarps) {  // a warp reads a key at a time
       const int x = begin + j;
       const int64_t key = x < tile.end ? offset_of(w.keys, key_place, x, w.page) : -1;
-      const int64_t value = x < tile.end && key >= 0 ? offset_of(w.values, value_place, x, w.page) : -1;
+      const int64_t value = key >= 0 ? offset_of(w.values, value_place, x, w.page) : -1;
       for (int c = lane; c < d; c += kWarp) {
         keys[j * (d + 1) + c] = key >= 0 ? to_float(static_cast<const T*>(w.keys.data)[key + c]) : 0.0f;
         values[j * d + c] = value >= 0 ? to_float(static_cast<const T*>(w.values.data)[value + c]) : 0.0f;
@@ -140,11 +137,11 @@ __global__ void __launch_bounds__(kThreads) plain_kernel(Attention w) {
     __syncthreads();
     FP_UNROLL
     for (int r = 0; r < kRowsOfWarp; ++r) {
-      const int row = warp + r * kWarps, x = begin + lane;
+      const int row = warp + r * kWarps;
       if (row >= tile.count) continue;
       float dot = 0.0f;
       for (int c = 0; c < d; ++c) dot += queries[row * d + c] * keys[lane * (d + 1) + c];
-      const bool seen = there && x < sees[r] && (w.window == 0 || x >= sees[r] - w.window);
+      const bool seen = there && mine < sees[r] && (w.window == 0 || mine >= sees[r] - w.window);
       const float logit = seen ? logit_of(w, dot) : -INFINITY;
       const float most = fmaxf(max[r], warp_reduce(logit, [](float a, float b) { return fmaxf(a, b); }));
       const float shift = most == -INFINITY ? 0.0f : most, keep = exp2f(max[r] - shift);
@@ -236,7 +233,7 @@ void attend_plain(const Stream& stream, const Attention& w) {
   const auto go = [&]<int kColumns>() {
     auto* kernel = plain_kernel<T, kColumns>;
     const size_t bytes = plain_bytes(w.d);
-    stream.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+    allow_shared(stream, kernel, static_cast<int>(bytes));
     launch(kernel, blocks, kThreads, bytes, stream, w);
   };
   w.d <= 64 ? go.template operator()<2>() : w.d <= 128 ? go.template operator()<4>() : go.template operator()<8>();

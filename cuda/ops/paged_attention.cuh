@@ -163,12 +163,14 @@ struct Ending {
 __device__ inline Ending ending_of(const Attention& w, int64_t row, float max, float sum, bool writes) {
   float begun = -INFINITY;
   if (w.begun_lse) begun = w.begun_lse[row] * kLog2E;
-  float top = fmaxf(sum > 0.0f ? max : -INFINITY, begun);
+  const bool some = sum != 0.0f;  // also of NaN, which must not look like nothing
+  float top = fmaxf(some ? max : -INFINITY, begun);
   if (top == -INFINITY) top = 0.0f;
-  const float mine = sum > 0.0f ? exp2f(max - top) : 0.0f, other = exp2f(begun - top), total = mine * sum + other;
-  const bool any = total != 0.0f;  // also of NaN
+  const float mine = some ? exp2f(max - top) : 0.0f, other = exp2f(begun - top), total = mine * sum + other;
+  const bool any = total != 0.0f;
   if (writes && w.lse) w.lse[row] = any ? (top + log2f(total)) * kLn2 : -INFINITY;
-  return {any ? mine / total : 0.0f, any ? other / total : 0.0f};
+  // Nothing had begun: no share, even of NaN, or what is not there would be read.
+  return {any ? mine / total : 0.0f, other != 0.0f ? other / total : 0.0f};
 }
 
 template <class T, int N>

@@ -32,11 +32,7 @@ struct Shape {
   static_assert((kTiled ? kRows : 16) * kD * 4 <= kRingBytes);   // sums go there at the end
 };
 
-template <int kChunks>
-__device__ __forceinline__ int swizzled(int row, int chunk) {
-  return (row * kChunks + (chunk ^ row % 8)) * 16;
-}
-// The same for a lane that reads chunks `even` + first: from a start, with what depends on the lane in `flip` alone. Written
+// What swizzled gives for a lane that reads chunks `even` + first: from a start, with what depends on the lane in `flip` alone. Written
 // so that it takes four registers, not one for every chunk.
 template <int kChunks>
 struct LaneChunks {
@@ -68,11 +64,6 @@ __device__ __forceinline__ float quad_max(float x) {
 __device__ __forceinline__ float quad_sum(float x) {
   x += shuffle_xor(x, 1);
   return x + shuffle_xor(x, 2);
-}
-
-template <class T>
-__device__ __forceinline__ uint32_t pair_of(float low, float high) {
-  return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
 }
 
 // 16 rows of a warp: lane 4g + t has rows g and g + 8, columns 2t and 2t + 1 of each eight.
@@ -271,10 +262,11 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks) attend_kernel(Attention 
     sync_team<S>();
     look_up(step + 2);
     const int x = position(step);
-    const int64_t* keys_at = places + step % kPlaces * 2 * kKeys;
-    uint64_t there = __ballot_sync(0xffffffffu, lane < kKeys && keys_at[lane % kKeys] >= 0);
+    const int64_t* at = places + step % kPlaces * 2 * kKeys;
+    const auto is_there = [&](int j) { return at[j] >= 0 && at[kKeys + j] >= 0; };  // key and value
+    uint64_t there = __ballot_sync(0xffffffffu, lane < kKeys && is_there(lane % kKeys));
     if constexpr (kKeys > kWarp) {
-      there |= static_cast<uint64_t>(__ballot_sync(0xffffffffu, keys_at[kWarp + lane] >= 0)) << kWarp;
+      there |= static_cast<uint64_t>(__ballot_sync(0xffffffffu, is_there(kWarp + lane))) << kWarp;
     }
     if (x < most) {
       const bool all_seen = there == ~uint64_t{0} >> (64 - kKeys) && x + kKeys <= least && x >= most_low;
@@ -343,7 +335,7 @@ template <class T, int kD, bool kTiled>
 void launch_attend(const Stream& stream, const Attention& w) {
   using S = Shape<kD, kTiled>;
   auto* kernel = attend_kernel<T, S>;
-  stream.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes));
+  allow_shared(stream, kernel, S::kBytes);
   const int64_t blocks =
       kTiled ? most_tiles<S::kRows>(w) * w.key_heads : w.rows * w.key_heads * blocks_for(w.group, S::kRows) * w.splits;
   launch(kernel, blocks, kThreads, S::kBytes, stream, w);

@@ -13,6 +13,7 @@ from compare import FLOATS, error
 from fastpost.reference import kv_factorize as factorize
 from fastpost.reference import kv_landmarks as landmarks
 from fastpost.reference import kv_reconstruct as reconstruct
+from fastpost.reference._int8_rows import quantize_rows
 
 pytestmark = pytest.mark.skipif(shutil.which(on_host.COMPILER) is None, reason=f"needs {on_host.COMPILER}")
 NAN, INF = torch.nan, torch.inf
@@ -246,6 +247,19 @@ def test_landmarks_of_any_width(d, dtype, core, new):
         landmark, _, similarity = make_landmarks(core, new, keys, 8, None, torch.float32)
         assert error(landmark.flatten(0, 2), truth.landmark.flatten(0, 2)) < 1e-6
         torch.testing.assert_close(similarity.double(), truth.similarity, rtol=0, atol=2e-6)
+
+
+def test_int8_is_rounded_once(core, new):
+    """Numbers beside the middle of two steps, which a product with 1 / scale would take to the other one."""
+    most = torch.tensor(1.9536850452423096)
+    half = (torch.arange(127) + 0.5) * (most / 127)
+    row = torch.cat([half, half.nextafter(2 * half), half.nextafter(0 * half), most[None]])
+    wanted, scale = quantize_rows(row)
+    assert (wanted != (row * (1 / scale)).round()).sum() > 50
+    landmark, own, _ = make_landmarks(core, new, row[None, None, None], 1, None, torch.int8)
+    assert torch.equal(landmark[0, 0, 0], wanted) and torch.equal(own[0, 0, 0], scale)
+    u, own = project(core, new, row[None, None], None, torch.eye(len(row))[None], torch.int8)
+    assert torch.equal(u[0, 0], wanted) and torch.equal(own[0, 0], scale)
 
 
 @pytest.mark.parametrize("chunk", [8, 4])

@@ -130,6 +130,27 @@ def test_any_strides(rows, dtype, core):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [None, (30, 20)], ids=["token", "prompt"])
+def test_what_one_table_lacks_is_not_seen(rows, dtype, core):
+    """Pages without a key, pages without a value."""
+    tensors, options = Case("", 4, 2, 64, 16, (260, 87), rows=rows).inputs(dtype)
+    values = tensors[3].clone()
+    tensors[3][:, :, [0, 3]], values[:, :, [1, 3]] = -1, -1
+    check(core, tensors, options | {"value_table": values})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [None, (30,)], ids=["token", "prompt"])
+def test_nan_is_not_hidden(rows, dtype, core):
+    """A key that is no number: every row that sees it says so."""
+    for length in (50, 400):
+        tensors, options = Case("", 2, 1, 64, 16, (length,), rows=rows).inputs(dtype)
+        tensors[1][0, 0, tensors[3][0, 0, 0].long(), 3] = NAN
+        out, lse = run(core, *tensors, **options)
+        assert out.isnan().all() and lse.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [None, (40, 30, 70)], ids=["token", "prompt"])
 def test_rows_do_not_depend_on_others(rows, dtype, core):
     """Each sequence alone, and the batch backwards, have the same bits."""

@@ -140,6 +140,19 @@ def test_what_lies_beyond_is_not_read(device):
         assert all(torch.equal(a, b) for a, b in zip(run(tensors, options), expected))
 
 
+@pytest.mark.parametrize("rows", [1, 60])
+def test_what_lies_before_the_window_is_not_read(rows, device):
+    case = Case("", 4, 2, 64, 16, (400,), rows=(rows,), window=30)
+    tensors, options = case.inputs(device=device)
+    expected = run(tensors, options)
+    gone = 400 - (rows - 1) - 30
+    for pool in tensors[1:3]:
+        table = tensors[3][0, 0].long()
+        pool[:, :, table[: gone // 16]] = NAN
+        pool[:, :, table[gone // 16], : gone % 16] = NAN
+    assert all(torch.equal(a, b) for a, b in zip(run(tensors, options), expected))
+
+
 def test_outputs_and_workspace_hold_anything(device):
     for case in CASES:
         tensors, options = case.inputs(device=device)
@@ -227,8 +240,9 @@ def test_goes_on(rows, device):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_same_bits_on_any_number_of_threads(dtype):
-    case = Case("", 6, 2, 64, 16, (1900, 400, 70), rows=(1, 390, 3), append=True)
+@pytest.mark.parametrize("window", [None, 150])
+def test_same_bits_on_any_number_of_threads(window, dtype):
+    case = Case("", 6, 2, 64, 16, (1900, 400, 70), rows=(1, 390, 3), append=True, window=window)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 7):
@@ -302,6 +316,10 @@ BAD = {
     "keys shape": ({"keys": K[0]}, r"keys: expected float32 .*, got float32 \[2, 5, 8"),
     "keys device": ({"keys": K.to("meta")}, r"keys: expected a tensor on cpu, got one on meta"),
     "heads": ({"query": torch.zeros(3, 5, 16)}, r"keys: expected .* query heads \(5\) a multiple of G"),
+    "no key heads": ({"keys": K[:, :0], "values": K[:, :0]}, r"keys: expected .* a multiple of G, none of them 0, got"),
+    "no query heads": ({"query": T[:, :0]}, r"keys: expected .* query heads \(0\) a multiple of G, none of them 0"),
+    "no dimensions": ({"query": T[:, :, :0]}, r"keys: expected float32 .*, 0\], got float32"),
+    "query scalar": ({"query": torch.tensor(1.0)}, r"query: expected .* \[any, any, any\], got float32 \[\]"),
     "values": ({"values": K[:, :, :, :4]}, r"values: expected float32 \[any, 2, any, 8, 16\], got float32 \[1, 2"),
     "table dtype": ({"table": torch.zeros(3, 1, 2)}, r"table: expected int32 \[any, any, any\], got float32"),
     "table heads": ({"table": torch.zeros(3, 3, 2).int()}, r"table: expected int32 \[3, 1 or 2, any\], got int32"),

@@ -49,9 +49,10 @@ def paged_attention(
         return_lse: also [T, H] float32, log Σ exp of the logits (-inf where nothing is seen; out is 0 there).
         out_dtype: float32, or None: the dtype of query.
 
-    Sums are float32. The bits of a row do not depend on other sequences, nor on the number of threads. Where a sequence
-    has many rows (a prompt), exponentials are rounded to bfloat16 before they multiply bfloat16 values, as in torch's
-    own attention; single rows keep float32.
+    Sums are float32. The bits of a row do not depend on other sequences' values, nor on the number of threads; on a
+    GPU they do depend on shapes: how many rows there are to a sequence, and how many positions the table has room for.
+    Where a sequence has many rows (a prompt), exponentials are rounded to bfloat16 before they multiply bfloat16
+    values, as in torch's own attention; single rows keep float32 (on a CPU).
 
     Raises:
         ValueError: wrong dtype, shape, layout or device; an input that requires grad.
@@ -71,8 +72,9 @@ def paged_attention(
         _explain(*tensors)
     if out_dtype not in (None, query.dtype, torch.float32):
         raise ValueError(f"[paged_attention] out_dtype: expected None, {query.dtype} or float32, got {out_dtype}.")
-    rest = (query.shape[-1] ** -0.5 if scaling is None else scaling, softcap or 0.0, window or 0, return_lse,
-            out_dtype == torch.float32)  # fmt: skip
+    if scaling is None:
+        scaling = (query.shape[-1] or 1) ** -0.5 if query.ndim else 1.0
+    rest = (scaling, softcap or 0.0, window or 0, return_lse, out_dtype == torch.float32)
     if skip:
         out, lse = _forward(*tensors, *rest)
         return (out, lse) if return_lse else out
