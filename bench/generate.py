@@ -46,12 +46,12 @@ def main(argv: list[str] | None = None) -> int:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="sdpa").to(device).eval()
     model.generation_config.eos_token_id = None
     result = machine.describe(device) | {"model": Path(args.model).name, "threads": args.threads, "dtype": args.dtype,
-                                         "clock": args.clock, "cases": []}  # fmt: skip
+                                         "clock": args.clock, "generate": []}  # fmt: skip
     before = machine.probe()
     vocab = model.config.vocab_size
     for requests, goal in ((unequal(1, vocab), ONE), (unequal(args.requests, vocab), MANY)):
         case = measure(model, requests, args.repeat, timing.CLOCKS[args.clock]) | {"goal": goal}
-        result["cases"].append(case)
+        result["generate"].append(case)
         print(line(case), flush=True)
     after = machine.probe()
     result["probe"] = {"before": before, "after": after, "verdict": machine.verdict(before, after, args.clock)}
