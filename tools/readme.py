@@ -70,15 +70,20 @@ def where(r: dict) -> str:
 
 
 def measured(r: dict) -> list[str]:
-    """One table per number of threads: forward + backward cases, time, share of the limit, peers as multiples of it."""
+    """One table per number of threads: cases forward and backward (where an op has both), time, share of the limit,
+    peers as multiples of it."""
     return [table for threads in r.get("threads", []) if (table := _table(r, threads))]
 
 
 def _table(r: dict, threads: int | None) -> str:
     rows, families = [], []
+    whole = "forward+backward"
+    trained = {case["op"] for case in r["cases"] if whole in case["case"]}  # the others are of inference alone
     for case in r["cases"]:
         m = next((m for m in case["measured"] if m["threads"] == threads), None)
-        if m is None or not case["limits"] or OURS not in m["median"] or "forward+backward" not in case["case"]:
+        if m is None or not case["limits"] or OURS not in m["median"]:
+            continue
+        if case["op"] in trained and whole not in case["case"]:
             continue
         rows.append((case, m))
         families += [f for f in (name.split()[0].strip(",") for name in case["errors"]) if f not in families]
